@@ -1,0 +1,17 @@
+"""Videos to arrays: which frames, exact decoding, directories of classes to `tf.data`."""
+
+from .clips import load_views
+from .decode import VideoError, VideoReader, write_video
+from .directory import DecodeReport, video_dataset_from_directory
+from .sampling import training_indices, view_indices
+
+__all__ = [
+    "DecodeReport",
+    "VideoError",
+    "VideoReader",
+    "load_views",
+    "training_indices",
+    "video_dataset_from_directory",
+    "view_indices",
+    "write_video",
+]

@@ -1,0 +1,336 @@
+"""Exact frames of video files, by PyAV.
+
+Frames are numbered in the order of display and found by their timestamps, never by
+`time * rate`, which is wrong in files with a variable frame rate or an edit list.
+
+Shape letters: T frames, H and W height and width, C = 3 colours (RGB).
+"""
+
+import bisect
+import contextlib
+import os
+import uuid
+from fractions import Fraction
+
+import av
+import numpy as np
+from av.video.reformatter import Interpolation, VideoReformatter
+
+# What a broken file can make PyAV raise, apart from its own errors: a stream list that is empty,
+# a codec it does not know, a name the file system refuses.
+_DECODE_ERRORS = (av.FFmpegError, OSError, ValueError, LookupError)
+
+# Decoding on through fewer frames than this costs less than a seek, which restarts the decoder.
+_SEEK_MIN_SKIP = 4
+
+# Containers whose index leads to packets with the same timestamps as reading from the start does;
+# after a seek in an MPEG program stream, for one, frames can be named after their neighbours.
+_SEEKABLE = {"mp4", "matroska", "avi"}
+
+
+class VideoError(ValueError):
+    """A video file that cannot be opened, or whose frames cannot be decoded."""
+
+
+class VideoReader:
+    """Reads any frames of a video file, exactly.
+
+    The file is scanned once for the timestamps of its frames; `read` then seeks to the key frame
+    before the first frame needed and decodes until the last. Use it in a `with` statement.
+
+    Frames are turned upright by the file's rotation metadata. Files without usable timestamps
+    (H.264 in AVI) are decoded from the start and counted, which is slower and as exact. A file
+    that was cut off is the shorter video of the frames it still holds.
+
+    Args:
+        path: String or path-like, the video file.
+
+    Attributes:
+        num_frames: Integer, the number of frames.
+        timestamps: float64 array of shape `(num_frames,)`, the time of each frame in seconds.
+
+    Raises:
+        VideoError: If the file has no video stream, no frame, or cannot be opened. Its message
+            is one line that names the path.
+
+    Example:
+
+    >>> import numpy as np, tempfile, os
+    >>> from keras_nonlocal.data import VideoReader, write_video
+    >>> path = os.path.join(tempfile.mkdtemp(), "grey.mp4")
+    >>> write_video(path, np.full((20, 48, 64, 3), 128, "uint8"))
+    >>> with VideoReader(path) as video:
+    ...     video.num_frames, video.read([19, 0, 0], shorter_side=24).shape
+    (20, (3, 24, 32, 3))
+    """
+
+    def __init__(self, path):
+        self.path = os.fspath(path)
+        self._container = None
+        try:
+            with self._naming_the_path():
+                self._open()
+                self._index()
+        except BaseException:
+            self.close()
+            raise
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *exc_info):
+        self.close()
+
+    def close(self):
+        if self._container is not None:
+            self._container.close()
+            self._container = None
+
+    def _error(self, reason):
+        return VideoError(f"Cannot decode {self.path}: {' '.join(reason.split())}")
+
+    @contextlib.contextmanager
+    def _naming_the_path(self):
+        try:
+            yield
+        except VideoError:
+            raise
+        except _DECODE_ERRORS as error:
+            # The rest of FFmpeg's messages is an error number and the path again.
+            reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
+            raise self._error(reason) from error
+
+    def _open(self):
+        self.close()
+        self._container = av.open(self.path, metadata_errors="replace")
+        if not self._container.streams.video:
+            raise self._error("the file has no video stream")
+        self._stream = self._container.streams.video[0]
+        if self._stream.codec_context is None:
+            raise self._error("no decoder for its video stream")
+        # One thread, set before the first decode: parallelism is across files, and PyAV's frame
+        # threads would change neither the frames nor, with several readers, the time.
+        self._stream.thread_type = "NONE"
+        self._stream.codec_context.thread_count = 1
+
+    def _packets(self):
+        """Packets to the end of the file or to its cut, then None, which drains the decoder."""
+        with contextlib.suppress(av.FFmpegError):
+            for packet in self._container.demux(self._stream):
+                # A packet that the cut went through would decode to a made-up frame.
+                if packet.size and not packet.is_corrupt:
+                    yield packet
+        yield None
+
+    def _frames(self, packets):
+        for packet in packets:
+            # A packet that does not decode is a frame less; whoever needs it will miss it.
+            with contextlib.suppress(av.FFmpegError):
+                yield from self._stream.codec_context.decode(packet)
+
+    def _index(self):
+        packets = [
+            (packet.pts, packet.is_keyframe)
+            for packet in self._packets()
+            if packet and _is_shown(packet, self._stream)
+        ]
+        pts = [time for time, _ in packets]
+        time_base = self._stream.time_base
+        formats = set(self._container.format.name.split(","))
+        self._by_time = None not in pts and len(set(pts)) == len(pts)
+        # AVI has no display times. Times that go up from packet to packet although the codec
+        # reorders its frames only number the packets.
+        if "avi" in formats and self._stream.codec_context.has_b_frames:
+            self._by_time = self._by_time and pts != sorted(pts)
+        if self._by_time:
+            self._pts = sorted(pts)
+            self._keys = sorted(time for time, is_key in packets if is_key and formats & _SEEKABLE)
+        else:
+            self._open()
+            time_base = 1 / (self._stream.average_rate or self._stream.guessed_rate or 1)
+            self._pts = list(range(sum(1 for _ in self._frames(self._packets()))))
+            self._keys = []
+        if not self._pts:
+            raise self._error("the file has no video frames")
+        self.num_frames = len(self._pts)
+        self.timestamps = np.array(self._pts, "float64") * float(time_base)
+
+    def read(self, indices, shorter_side=None):
+        """Decodes frames.
+
+        Args:
+            indices: 1-D integers in `[0, num_frames)`, in any order, repeated or not; each frame
+                is decoded once.
+            shorter_side: Integer, the size in pixels to which the frames' shorter side is resized
+                (bilinear, during decoding), the aspect being kept. `None`: the file's own size.
+
+        Returns:
+            A uint8 array of shape `(T, H, W, 3)`, RGB, in the order of `indices`.
+
+        Raises:
+            ValueError: If `indices` is not a non-empty list of frames of the video.
+            VideoError: If some of the frames cannot be decoded.
+        """
+        indices = np.asarray(indices)
+        if (
+            indices.ndim != 1
+            or indices.size == 0
+            or indices.dtype.kind not in "iu"
+            or indices.min() < 0
+            or indices.max() >= self.num_frames
+        ):
+            raise ValueError(
+                f"`indices` must be a non-empty list of integers in [0, {self.num_frames}). "
+                f"Received: indices={indices.tolist()}"
+            )
+        if shorter_side is not None and shorter_side < 1:
+            raise ValueError(
+                f"`shorter_side` must be at least 1 or None. Received: shorter_side={shorter_side}"
+            )
+        unique, inverse = np.unique(indices, return_inverse=True)
+        to_rgb = _FrameConverter(shorter_side)
+        images = {}
+        with self._naming_the_path():
+            for run in self._runs(unique):
+                self._decode_run(run, images, to_rgb)
+        missing = len(unique) - len(images)
+        if missing:
+            raise self._error(f"{missing} of the {len(unique)} frames needed do not decode")
+        images = [images[self._pts[index]] for index in unique]
+        return np.stack([images[position] for position in inverse])
+
+    def _key_position(self, pts):
+        """Where in the list of key frames the last one at or before `pts` stands, or -1."""
+        return bisect.bisect_right(self._keys, pts) - 1
+
+    def _runs(self, indices):
+        """Splits sorted frame indices where a seek to a key frame skips enough frames."""
+        runs = [[]]
+        for index in indices:
+            position = self._key_position(self._pts[index])
+            if runs[-1] and position >= 0:
+                key_index = bisect.bisect_left(self._pts, self._keys[position])
+                if key_index - runs[-1][-1] > _SEEK_MIN_SKIP:
+                    runs.append([])
+            runs[-1].append(index)
+        return runs
+
+    def _decode_run(self, run, images, to_rgb):
+        """Adds the run's frames to `images`, starting at ever earlier key frames as needed."""
+        wanted = {self._pts[index] for index in run}
+        position = self._key_position(min(wanted))
+        # A seek can fail or land late, and a key frame of an "intra refresh" stream is not enough
+        # to start on. Decoders give no frame that lacks what it refers to: start earlier for it,
+        # at last from a newly opened file.
+        for start in (position, position - 1, None):
+            if start is None:
+                self._open()
+            elif start < 0 or not self._seek(self._keys[start]):
+                continue
+            for number, frame in enumerate(self._frames(self._packets())):
+                pts = frame.pts if self._by_time else number
+                if pts in wanted:
+                    images[pts] = to_rgb(frame)
+                    wanted.discard(pts)
+                if not wanted:
+                    return
+
+    def _seek(self, pts):
+        try:
+            self._container.seek(pts, stream=self._stream)
+        except av.FFmpegError:
+            return False
+        return True
+
+
+def _is_shown(packet, stream):
+    """Whether a packet becomes a frame of the video."""
+    if packet.is_discard:  # before the start that an edit list sets
+        return False
+    # VP8 stores its "alternate reference" frames, which are never shown, as packets of their own;
+    # the bit is show_frame of RFC 6386, section 9.1.
+    return stream.codec_context.name != "vp8" or bool(bytes(packet)[0] & 0x10)
+
+
+class _FrameConverter:
+    """Frame → upright RGB array, all frames at the size of the first."""
+
+    def __init__(self, shorter_side):
+        self._shorter_side = shorter_side
+        self._reformatter = VideoReformatter()
+        self._size = None
+
+    def __call__(self, frame):
+        if self._size is None:
+            self._size = _resized(frame.height, frame.width, self._shorter_side)
+        height, width = self._size
+        image = self._reformatter.reformat(
+            frame, width, height, "rgb24", interpolation=Interpolation.BILINEAR, threads=1
+        ).to_ndarray()
+        # FFmpeg's angle is counterclockwise, as NumPy's.
+        return np.rot90(image, round(frame.rotation / 90) % 4)
+
+
+def _resized(height, width, shorter_side):
+    if shorter_side is None:
+        return height, width
+    longer = int(max(height, width) * shorter_side / min(height, width) + 0.5)
+    return (shorter_side, longer) if height <= width else (longer, shorter_side)
+
+
+def write_video(path, frames, fps=30, codec="libx264", options=None):
+    """Writes frames as a video file.
+
+    The file appears under its name only when it is complete.
+
+    Args:
+        path: String or path-like; the extension chooses the container, e.g. `.mp4`.
+        frames: uint8 array of shape `(T, H, W, 3)`, RGB, with H and W even (the pixel format is
+            YUV 4:2:0, which every player knows).
+        fps: Number, frames per second.
+        codec: String, FFmpeg's name of the encoder.
+        options: Dict of the encoder's own options, as strings. Defaults to `{"crf": "18"}`, which
+            looks lossless in H.264 and which encoders without it ignore.
+
+    Raises:
+        ValueError: If `frames` has another shape or dtype, or an odd size.
+
+    Example:
+
+    >>> import numpy as np, tempfile, os
+    >>> from keras_nonlocal.data import write_video
+    >>> path = os.path.join(tempfile.mkdtemp(), "black.mp4")
+    >>> write_video(path, np.zeros((8, 32, 32, 3), "uint8"), fps=25)
+    """
+    frames = np.asarray(frames)
+    if frames.ndim != 4 or frames.shape[-1] != 3 or frames.dtype != np.uint8 or not frames.size:
+        raise ValueError(
+            "`frames` must be a non-empty uint8 array of shape (T, H, W, 3). "
+            f"Received: frames of shape {frames.shape} and dtype {frames.dtype}"
+        )
+    if frames.shape[1] % 2 or frames.shape[2] % 2:
+        raise ValueError(
+            "The height and width of a video must be even. "
+            f"Received: frames of shape {frames.shape}"
+        )
+    path = os.fspath(path)
+    folder, name = os.path.split(path)
+    partial = os.path.join(folder, f".{uuid.uuid4().hex}.{name}")
+    try:
+        with av.open(partial, "w") as container:
+            stream = container.add_stream(
+                codec,
+                rate=Fraction(fps).limit_denominator(100_000),
+                options={"crf": "18"} if options is None else options,
+            )
+            stream.height, stream.width = frames.shape[1:3]
+            stream.pix_fmt = "yuv420p"
+            for image in frames:
+                frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(image), format="rgb24")
+                container.mux(stream.encode(frame))
+            container.mux(stream.encode())
+        os.replace(partial, path)
+    except BaseException:
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(partial)
+        raise
