@@ -1,0 +1,364 @@
+"""The operation against the float64 twin: values, gradients, extremes."""
+
+import keras
+import numpy as np
+import pytest
+import tensorflow as tf
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from keras_nonlocal import ops as knl_ops
+from tests import reference
+
+PAIRWISE = ("gaussian", "embedded_gaussian", "dot_product", "concatenation")
+SIZES = ((7, 5), (5, 7), (1, 5), (7, 1), (1, 1))  # N, M
+TENSORS = ("theta", "phi", "g", "score_kernel")
+
+
+def make_arguments(rng, pairwise, num_queries=7, num_keys=5, batch=2, channels=3, values=4):
+    arguments = {
+        "theta": rng.normal(size=(batch, num_queries, channels)),
+        "phi": rng.normal(size=(batch, num_keys, channels)),
+        "g": rng.normal(size=(batch, num_keys, values)),
+    }
+    if pairwise == "concatenation":
+        arguments["score_kernel"] = rng.normal(size=(2 * channels, 1))
+    return {name: value.astype("float32") for name, value in arguments.items()}
+
+
+def make_mask(rng, batch, num_keys):
+    """Random, but the first sample has a valid key and the last has none."""
+    mask = rng.random((batch, num_keys)) < 0.6
+    mask[0, 0], mask[-1] = True, False
+    return mask
+
+
+def assert_close(actual, expected, tolerance):
+    actual, expected = np.float64(actual), np.float64(expected)
+    assert actual.shape == expected.shape
+    largest = np.abs(expected).max(initial=1e-3)
+    assert np.abs(actual - expected).max(initial=0.0) <= tolerance * largest
+
+
+@pytest.mark.parametrize("query_chunk_size", [None, 3, "auto"])
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("sizes", SIZES)
+@pytest.mark.parametrize("pairwise", PAIRWISE)
+def test_forward(rng, pairwise, sizes, masked, query_chunk_size):
+    arguments = make_arguments(rng, pairwise, *sizes)
+    mask = make_mask(rng, 2, sizes[1]) if masked else None
+    expected = reference.non_local(**arguments, pairwise=pairwise, mask=mask)
+    y = knl_ops.non_local(
+        **arguments, pairwise=pairwise, mask=mask, query_chunk_size=query_chunk_size
+    )
+    assert_close(y, expected, 1e-5)
+    if masked:
+        assert not np.any(y[-1])  # no valid key
+
+
+@pytest.mark.parametrize("scale", [None, "sqrt", 0.3, 2])
+@pytest.mark.parametrize("pairwise", ["gaussian", "embedded_gaussian"])
+def test_scale(rng, pairwise, scale):
+    arguments = make_arguments(rng, pairwise, channels=5)
+    expected = reference.non_local(**arguments, pairwise=pairwise, scale=scale)
+    assert_close(knl_ops.non_local(**arguments, pairwise=pairwise, scale=scale), expected, 1e-5)
+
+
+@pytest.mark.parametrize("pairwise", ["dot_product", "concatenation"])
+def test_no_scale_without_softmax(rng, pairwise):
+    arguments = make_arguments(rng, pairwise)
+    expected = knl_ops.non_local(**arguments, pairwise=pairwise)
+    y = knl_ops.non_local(**arguments, pairwise=pairwise, scale="sqrt")
+    np.testing.assert_array_equal(y, expected)
+
+
+def numerical_gradient(function, arguments, name, epsilon=1e-6):
+    values = {key: np.float64(value) for key, value in arguments.items()}
+    gradient = np.zeros_like(values[name])
+    for at in np.ndindex(gradient.shape):
+        ends = []
+        for sign in (1, -1):
+            moved = dict(values)
+            moved[name] = values[name].copy()
+            moved[name][at] += sign * epsilon
+            ends.append(function(moved))
+        gradient[at] = (ends[0] - ends[1]) / (2 * epsilon)
+    return gradient
+
+
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("pairwise", PAIRWISE)
+def test_gradients(rng, pairwise, masked):
+    arguments = make_arguments(rng, pairwise, 4, 3, channels=2, values=2)
+    mask = make_mask(rng, 2, 3) if masked else None
+    direction = rng.normal(size=(2, 4, 2))
+    names = [name for name in TENSORS if name in arguments]
+
+    def loss(values):
+        y = reference.non_local(**values, pairwise=pairwise, mask=mask, scale=0.7)
+        return np.sum(y * direction)
+
+    expected = {name: numerical_gradient(loss, arguments, name) for name in names}
+    for query_chunk_size in (None, 3):
+        tensors = {name: tf.constant(value) for name, value in arguments.items()}
+        with tf.GradientTape() as tape:
+            tape.watch(tensors)
+            y = knl_ops.non_local(
+                **tensors,
+                pairwise=pairwise,
+                mask=mask,
+                scale=0.7,
+                query_chunk_size=query_chunk_size,
+            )
+            total = tf.reduce_sum(y * tf.constant(direction, "float32"))
+        gradients = tape.gradient(total, tensors)
+        for name in names:
+            assert_close(gradients[name], expected[name], 1e-4)
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_gradients_of_the_quadratic_dot_product(rng, masked, monkeypatch):
+    # The sizes of test_gradients choose one order; both must have the same gradient.
+    arguments = make_arguments(rng, "dot_product")
+    mask = make_mask(rng, 2, 5) if masked else None
+    results = []
+    for cheaper in (True, False):
+        monkeypatch.setattr(knl_ops, "_is_cheaper", lambda *sizes, cheaper=cheaper: cheaper)
+        tensors = {name: tf.constant(value) for name, value in arguments.items()}
+        with tf.GradientTape() as tape:
+            tape.watch(tensors)
+            y = knl_ops.non_local(**tensors, pairwise="dot_product", mask=mask, query_chunk_size=2)
+            total = tf.reduce_sum(y**2)
+        results.append([y, *tape.gradient(total, list(tensors.values()))])
+    for reassociated, quadratic in zip(*results, strict=True):
+        assert_close(reassociated, quadratic, 1e-5)
+
+
+def test_dot_product_takes_the_cheaper_order(rng, monkeypatch):
+    calls = []
+
+    def spy(*arguments, original=knl_ops._reassociated):
+        calls.append(arguments)
+        return original(*arguments)
+
+    monkeypatch.setattr(knl_ops, "_reassociated", spy)
+    few = make_arguments(rng, "dot_product", 2, 2, channels=8, values=8)  # 256 against 64
+    knl_ops.non_local(**few, pairwise="dot_product")
+    assert not calls
+    many = make_arguments(rng, "dot_product", 16, 16, channels=3, values=3)  # 288 against 1536
+    knl_ops.non_local(**many, pairwise="dot_product")
+    assert len(calls) == 1
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("pairwise", PAIRWISE)
+def test_half_precision_is_finite_up_to_scores_of_1e4(rng, pairwise, masked, dtype):
+    arguments = make_arguments(rng, pairwise, 6, 5, channels=4)
+    # Scores of exactly ±1e4 and less: every channel gives ±50·50 times a factor.
+    for name in ("theta", "phi"):
+        signs = np.where(rng.random(arguments[name].shape) < 0.5, -50.0, 50.0)
+        arguments[name] = signs.astype("float32")
+    arguments["phi"][:, 0] = arguments["theta"][:, 0]
+    if pairwise == "concatenation":
+        arguments["score_kernel"][:] = 25.0
+        arguments["theta"][:, 0] = 50.0
+        arguments["phi"][:, 0] = 50.0
+    mask = make_mask(rng, 2, 5) if masked else None
+    tensors = {name: tf.cast(value, dtype) for name, value in arguments.items()}
+    with tf.GradientTape() as tape:
+        tape.watch(tensors)
+        y = knl_ops.non_local(**tensors, pairwise=pairwise, mask=mask, query_chunk_size=4)
+        total = tf.reduce_sum(tf.cast(y, "float32")) * 1e-3
+    assert y.dtype == dtype
+    assert np.isfinite(np.float32(y)).all()
+    for gradient in tape.gradient(total, list(tensors.values())):
+        # The gradient of w_f is the sum over all pairs of ±50·g: it may leave float16, no other.
+        assert np.isfinite(np.float32(gradient)).all()
+    rounded = {name: np.float64(tf.cast(value, "float32")) for name, value in tensors.items()}
+    expected = reference.non_local(**rounded, pairwise=pairwise, mask=mask)
+    assert np.abs(expected).max() > (0.1 if pairwise in reference.SOFTMAX else 100)
+    assert_close(np.float32(y), expected, 2e-2)
+
+
+@pytest.mark.parametrize("pairwise", PAIRWISE)
+def test_masked_keys_have_no_influence(rng, pairwise):
+    arguments = make_arguments(rng, pairwise)
+    mask = make_mask(rng, 2, 5)
+    before = knl_ops.non_local(**arguments, pairwise=pairwise, mask=mask)
+    arguments["phi"][~mask] = 1e4
+    arguments["g"][~mask] = -1e4
+    after = knl_ops.non_local(**arguments, pairwise=pairwise, mask=mask)
+    np.testing.assert_array_equal(before, after)
+
+
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("pairwise", PAIRWISE)
+def test_unknown_sizes(rng, pairwise, masked):
+    arguments = make_arguments(rng, pairwise, 9, 5)
+    kernel = arguments.pop("score_kernel", None)
+    mask = make_mask(rng, 2, 5)
+    for query_chunk_size in (None, 4, 100, "auto"):
+
+        @tf.function(
+            input_signature=[
+                tf.TensorSpec((None, None, 3)),
+                tf.TensorSpec((None, None, 3)),
+                tf.TensorSpec((None, None, 4)),
+                tf.TensorSpec((None, None), tf.bool),
+            ]
+        )
+        def function(theta, phi, g, mask, query_chunk_size=query_chunk_size):
+            return knl_ops.non_local(
+                theta,
+                phi,
+                g,
+                pairwise,
+                score_kernel=kernel,
+                mask=mask if masked else None,
+                query_chunk_size=query_chunk_size,
+            )
+
+        y = function(arguments["theta"], arguments["phi"], arguments["g"], mask)
+        expected = reference.non_local(
+            **arguments, pairwise=pairwise, score_kernel=kernel, mask=mask if masked else None
+        )
+        assert_close(y, expected, 1e-5)
+
+
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("pairwise", PAIRWISE)
+def test_attention_weights(rng, pairwise, masked):
+    arguments = make_arguments(rng, pairwise)
+    g = arguments.pop("g")
+    mask = make_mask(rng, 2, 5) if masked else None
+    weights = knl_ops.attention_weights(**arguments, pairwise=pairwise, scale=0.5, mask=mask)
+    expected = reference.attention(**arguments, pairwise=pairwise, scale=0.5, mask=mask)
+    assert_close(weights, expected, 1e-5)
+    y = knl_ops.non_local(**arguments, g=g, pairwise=pairwise, scale=0.5, mask=mask)
+    assert_close(np.asarray(weights) @ g, y, 1e-5)
+    if pairwise in reference.SOFTMAX:
+        sums = np.asarray(weights).sum(-1)
+        np.testing.assert_allclose(sums[0], 1.0, atol=1e-6)
+        np.testing.assert_allclose(sums[1], 0.0 if masked else 1.0, atol=1e-6)
+
+
+def test_attention_weights_are_float32_in_half_precision():
+    x = tf.ones((1, 3, 2), "float16")
+    for pairwise in ("gaussian", "dot_product"):
+        assert knl_ops.attention_weights(x, x, pairwise).dtype == "float32"
+
+
+def test_by_hand():
+    # Two queries, two keys, one channel.
+    theta, phi = np.array([[[1.0], [-2.0]]]), np.array([[[0.0], [np.log(3.0)]]])
+    g = np.array([[[4.0], [8.0]]])
+    theta, phi, g = (x.astype("float32") for x in (theta, phi, g))
+    # exp(0) : exp(log 3) is 1 : 3; exp(0) : exp(-2 log 3) is 9 : 1.
+    y = knl_ops.non_local(theta, phi, g)
+    np.testing.assert_allclose(y[0, :, 0], [(4 + 3 * 8) / 4, (9 * 4 + 8) / 10], rtol=1e-6)
+    # 1/2 (0·4 + log 3·8) and -2 times that.
+    y = knl_ops.non_local(theta, phi, g, "dot_product")
+    np.testing.assert_allclose(y[0, :, 0], [4 * np.log(3), -8 * np.log(3)], rtol=1e-6)
+    # w_f = [1, 1]: ReLU(1 + 0), ReLU(1 + log 3); ReLU(-2 + 0), ReLU(-2 + log 3), which are both 0.
+    kernel = np.ones((2, 1), "float32")
+    y = knl_ops.non_local(theta, phi, g, "concatenation", score_kernel=kernel)
+    np.testing.assert_allclose(y[0, :, 0], [(4 + 8 * (1 + np.log(3))) / 2, 0.0], rtol=1e-6)
+
+
+@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(
+    pairwise=st.sampled_from(PAIRWISE),
+    sizes=st.tuples(*[st.integers(1, high) for high in (3, 9, 9, 5, 5)]),
+    query_chunk_size=st.sampled_from([None, "auto", 1, 2, 4, 50]),
+    masked=st.booleans(),
+    seed=st.integers(0, 2**16),
+)
+def test_any_shape(pairwise, sizes, query_chunk_size, masked, seed):
+    batch, num_queries, num_keys, channels, values = sizes
+    rng = np.random.default_rng(seed)
+    arguments = make_arguments(rng, pairwise, num_queries, num_keys, batch, channels, values)
+    mask = rng.random((batch, num_keys)) < 0.5 if masked else None
+    y = knl_ops.non_local(
+        **arguments, pairwise=pairwise, mask=mask, query_chunk_size=query_chunk_size
+    )
+    expected = reference.non_local(**arguments, pairwise=pairwise, mask=mask)
+    assert_close(y, expected, 2e-5)
+
+
+def test_automatic_chunks(rng, monkeypatch):
+    million = 2**20
+    assert knl_ops.AUTO_MAX_SCORES == 4 * million
+    assert knl_ops.chunk_size("auto", 2048, 2048) is None
+    assert knl_ops.chunk_size("auto", 2049, 2048) == 512
+    assert knl_ops.chunk_size("auto", 10**6, 10**6) == 32  # never less
+    assert knl_ops.chunk_size("auto", None, 5) == knl_ops.chunk_size("auto", 5, None) == 1024
+    assert knl_ops.chunk_size(8, 8, 5) is None  # one chunk is no chunk
+    assert knl_ops.chunk_size(8, 9, 5) == 8
+    assert knl_ops.chunk_size(None, 10**9, 10**9) is None
+    monkeypatch.setattr(knl_ops, "AUTO_MAX_SCORES", 100)
+    calls = []
+
+    def spy(attend, chunk, *arguments, original=knl_ops._in_chunks):
+        calls.append(chunk)
+        return original(attend, chunk, *arguments)
+
+    monkeypatch.setattr(knl_ops, "_in_chunks", spy)
+    arguments = make_arguments(rng, "gaussian", 70, 5)
+    y = knl_ops.non_local(**arguments, pairwise="gaussian")
+    assert calls == [32]  # 70 rows are 32, 32 and 6
+    assert_close(y, reference.non_local(**arguments, pairwise="gaussian"), 1e-5)
+
+
+def test_chunks_bound_the_scores(rng):
+    """No tensor of all scores is in the graph of a chunked call, forward or backward."""
+    num_queries, num_keys, chunk = 96, 80, 16
+
+    @tf.function
+    def step(theta, phi, g):
+        with tf.GradientTape() as tape:
+            tape.watch(theta)
+            y = knl_ops.non_local(theta, phi, g, query_chunk_size=chunk)
+        return tape.gradient(y, theta)
+
+    def largest(query_chunk_size):
+        nonlocal chunk
+        chunk = query_chunk_size
+        step_function = tf.function(step.python_function)
+        graph = step_function.get_concrete_function(
+            *[tf.TensorSpec((1, n, 4)) for n in (num_queries, num_keys, num_keys)]
+        ).graph
+        graphs, shapes = [graph], []
+        while graphs:
+            graph = graphs.pop()
+            graphs += [f.graph for f in graph._functions.values() if hasattr(f, "graph")]
+            for operation in graph.get_operations():
+                shapes += [t.shape for t in operation.outputs]
+        sizes = [s.num_elements() for s in shapes if s.rank is not None and s.is_fully_defined()]
+        return max(sizes)
+
+    assert largest(None) >= num_queries * num_keys  # the measure sees what it looks for
+    assert largest(16) < num_queries * num_keys
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"pairwise": "euclid"}, r"`pairwise` must be one of 'gaussian'.*Received: pairwise='euclid'"),
+        ({"scale": "cube"}, r"`scale` must be .*Received: scale='cube'"),
+        ({"scale": True}, r"`scale` must be .*Received: scale=True"),
+        ({"query_chunk_size": 0}, r"`query_chunk_size` must be .*Received: query_chunk_size=0"),
+        ({"query_chunk_size": True}, r"`query_chunk_size` must.*Received: query_chunk_size=True"),
+        ({"query_chunk_size": 2.0}, r"`query_chunk_size` must.*Received: query_chunk_size=2.0"),
+        ({"query_chunk_size": "all"}, r"`query_chunk_size` must.*Received: query_chunk_size='all'"),
+    ],
+)
+def test_errors(options, message):
+    x = np.zeros((1, 3, 2), "float32")
+    with pytest.raises(ValueError, match=message):
+        knl_ops.non_local(x, x, x, **options)
+
+
+def test_the_table_is_complete():
+    assert set(knl_ops.PAIRWISE) == set(PAIRWISE)
+    assert keras.backend.backend() == "tensorflow"
