@@ -55,8 +55,9 @@ def evaluate_views(model, dataset, preprocess_input=None, view_batch_size=8, ver
     Args:
         model: Keras model from clips `(batch, frames, height, width, 3)` to scores `(batch, classes)`. For the
             paper's protocol these are probabilities, not logits.
-        dataset: Iterable of `(views, labels)`: views of shape `(batch, views, frames, height, width, 3)`, integer labels
-            of shape `(batch,)`, such as `keras_nonlocal.data.video_dataset_from_directory(..., views=(10, 3))` yields.
+        dataset: Iterable of `(views, labels)`: views of shape `(batch, views, frames, height, width, 3)`, integer
+            labels of shape `(batch,)`, such as
+            `keras_nonlocal.data.video_dataset_from_directory(..., views=(10, 3))` yields.
         preprocess_input: Function applied to every batch of views, such as
             `keras_nonlocal.applications.preprocess_input`. `None`: the views are what the model takes.
         view_batch_size: Number of views that pass through the model at a time.
@@ -119,6 +120,7 @@ def evaluate_views(model, dataset, preprocess_input=None, view_batch_size=8, ver
         raise ValueError(f"`dataset` must yield at least one video. Received: dataset={dataset!r}")
     labels = np.concatenate(all_labels)
     if progress:
+        progress.target = len(labels)  # known only now: a dataset that leaves broken videos out has no length
         progress.update(len(labels), finalize=True)
     return summarize(np.concatenate(all_scores), labels, num_views)
 

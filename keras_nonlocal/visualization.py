@@ -33,8 +33,8 @@ def attention_map(model, clip, position, layer_name=None, preprocess_input=_prep
         preprocess_input: Function from pixels to what the model takes.
 
     Returns:
-        Float32 array of shape `(T", H", W")`, the layer's key map: the weights f / C(x) of the feature map's position that
-        holds the pixel. They sum to 1 for the forms with softmax and may be of either sign for others.
+        Float32 array of shape `(T", H", W")`, the layer's key map: the weights f / C(x) of the feature map's position
+        that holds the pixel. They sum to 1 for the forms with softmax and may be of either sign for others.
 
     Raises:
         ValueError: if the clip has another rank, the position lies outside of it, or there is no such layer.

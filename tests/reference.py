@@ -74,7 +74,9 @@ def full_mask(mask, x):
     if mask is None:
         return np.ones(positions, bool)
     mask = np.asarray(mask, bool)
-    return np.broadcast_to(mask.reshape(mask.shape + (1,) * (len(positions) - mask.ndim)), positions)
+    return np.broadcast_to(
+        mask.reshape(mask.shape + (1,) * (len(positions) - mask.ndim)), positions
+    )
 
 
 def dense(x, weights):
@@ -90,7 +92,9 @@ def batch_norm(x, weights, epsilon=1e-5):
 
 def _windows(sizes, window):
     """Every window's number per dimension, and its slices."""
-    window = [s if w is None else w for s, w in zip(sizes, window or [None] * len(sizes), strict=True)]
+    window = [
+        s if w is None else w for s, w in zip(sizes, window or [None] * len(sizes), strict=True)
+    ]
     for number in np.ndindex(*[s // w for s, w in zip(sizes, window, strict=True)]):
         yield number, tuple(slice(n * w, n * w + w) for n, w in zip(number, window, strict=True))
 
@@ -112,7 +116,7 @@ def _window_attention(x, mask, weights, pairwise, pool_size, scale):
 def block(x, weights, pairwise, pool_size=None, window=None, scale=None, mask=None):
     """A whole non-local block at inference: z = norm(W_z y) + x.
 
-    `weights`: theta, phi, g, out → (kernel, bias); score_kernel; norm → (gamma, beta, mean, variance).
+    `weights`: theta, phi, g, out → (kernel, bias); score_kernel; norm → (γ, β, mean, variance).
     """
     x = np.float64(x)
     mask = full_mask(mask, x)
@@ -174,9 +178,7 @@ def max_pool3d(x, pool_size, strides):
     sizes = [(n - k) // s + 1 for n, k, s in zip(x.shape[1:4], pool_size, strides, strict=True)]
     result = np.zeros((len(x), *sizes, x.shape[-1]))
     for cell in np.ndindex(*sizes):
-        at = [
-            slice(c * s, c * s + k) for c, s, k in zip(cell, strides, pool_size, strict=True)
-        ]
+        at = [slice(c * s, c * s + k) for c, s, k in zip(cell, strides, pool_size, strict=True)]
         result[(slice(None), *cell)] = x[(slice(None), *at)].max((1, 2, 3))
     return result
 
@@ -193,7 +195,7 @@ def softmax(x):
 def resnet11(x, weights, inflated, temporal_strides=(1, 1, 2)):
     """The small network with one non-local block (after res3's last), by hand.
 
-    `weights`: layer name → list of arrays; `weights["nonlocal_conv3_1"]` a dictionary as `block` takes it.
+    `weights`: layer name → list of arrays; of the non-local block a dictionary as `block` takes it.
     I3D inflates, by the table: conv1 to 5, res2_0 to 3, res3_0 to 3, and not res3_1.
     """
 

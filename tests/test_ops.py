@@ -1,6 +1,5 @@
 """The operation against the float64 twin: values, gradients, extremes."""
 
-import keras
 import numpy as np
 import pytest
 import tensorflow as tf
@@ -312,22 +311,22 @@ def test_automatic_chunks(rng, monkeypatch):
 
 def test_chunks_bound_the_scores(rng):
     """No tensor of all scores is in the graph of a chunked call, forward or backward."""
-    num_queries, num_keys, chunk = 96, 80, 16
-
-    @tf.function
-    def step(theta, phi, g):
-        with tf.GradientTape() as tape:
-            tape.watch(theta)
-            y = knl_ops.non_local(theta, phi, g, query_chunk_size=chunk)
-        return tape.gradient(y, theta)
+    num_queries, num_keys = 96, 80
 
     def largest(query_chunk_size):
-        nonlocal chunk
-        chunk = query_chunk_size
-        step_function = tf.function(step.python_function)
-        graph = step_function.get_concrete_function(
-            *[tf.TensorSpec((1, n, 4)) for n in (num_queries, num_keys, num_keys)]
-        ).graph
+        def step(theta, phi, g):
+            with tf.GradientTape() as tape:
+                tape.watch(theta)
+                y = knl_ops.non_local(theta, phi, g, query_chunk_size=query_chunk_size)
+            return tape.gradient(y, theta)
+
+        graph = (
+            tf.function(step)
+            .get_concrete_function(
+                *[tf.TensorSpec((1, n, 4)) for n in (num_queries, num_keys, num_keys)]
+            )
+            .graph
+        )
         graphs, shapes = [graph], []
         while graphs:
             graph = graphs.pop()
@@ -338,13 +337,40 @@ def test_chunks_bound_the_scores(rng):
         return max(sizes)
 
     assert largest(None) >= num_queries * num_keys  # the measure sees what it looks for
-    assert largest(16) < num_queries * num_keys
+    assert 16 * num_keys <= largest(16) < num_queries * num_keys  # and looks into the loop
+
+
+def test_chunks_are_recomputed_in_the_backward_pass(rng, monkeypatch):
+    calls = []
+
+    def spy(*arguments, original=knl_ops.attention_weights, **options):
+        calls.append(1)
+        return original(*arguments, **options)
+
+    monkeypatch.setattr(knl_ops, "attention_weights", spy)
+
+    @tf.function
+    def step(x, query_chunk_size):
+        with tf.GradientTape() as tape:
+            tape.watch(x)
+            y = knl_ops.non_local(x, x, x, query_chunk_size=query_chunk_size)
+        return tape.gradient(y, x)
+
+    x = tf.constant(rng.normal(size=(1, 9, 4)).astype("float32"))
+    step(x, None)
+    assert len(calls) == 1
+    step(x, 4)
+    # 1, and 3 more: map traces it twice, the backward pass once. Without recomputation it is 2.
+    assert len(calls) >= 4
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"pairwise": "euclid"}, r"`pairwise` must be one of 'gaussian'.*Received: pairwise='euclid'"),
+        (
+            {"pairwise": "euclid"},
+            r"`pairwise` must be one of 'gaussian'.*Received: pairwise='euclid'",
+        ),
         ({"scale": "cube"}, r"`scale` must be .*Received: scale='cube'"),
         ({"scale": True}, r"`scale` must be .*Received: scale=True"),
         ({"query_chunk_size": 0}, r"`query_chunk_size` must be .*Received: query_chunk_size=0"),
@@ -361,4 +387,3 @@ def test_errors(options, message):
 
 def test_the_table_is_complete():
     assert set(knl_ops.PAIRWISE) == set(PAIRWISE)
-    assert keras.backend.backend() == "tensorflow"

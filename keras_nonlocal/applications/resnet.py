@@ -97,10 +97,11 @@ def non_local_blocks(arrangement, non_local):
             f"as {{4: [2]}}. Received: non_local={non_local!r}"
         )
     for stage, indices in placement.items():
-        if stage not in (2, 3, 4, 5) or not set(indices) <= set(range(arrangement.blocks[stage - 2])):
+        blocks = dict(enumerate(arrangement.blocks, start=2)).get(stage, 0)
+        if not blocks or not set(indices) <= set(range(blocks)):
             raise ValueError(
-                "`non_local` must name stages 2 to 5 and residual blocks that they have, counted from 0; the stages "
-                f"have {arrangement.blocks} blocks. Received: non_local={non_local!r}"
+                f"`non_local` must name stages 2 to {len(arrangement.blocks) + 1} and residual blocks that they have, "
+                f"counted from 0; the stages have {arrangement.blocks} blocks. Received: non_local={non_local!r}"
             )
     return {stage: tuple(indices) for stage, indices in placement.items()}
 
@@ -202,6 +203,7 @@ def build_resnet(
         x = keras.layers.GlobalMaxPooling3D(name="pool5")(x)
     if input_tensor is not None:
         inputs = keras.utils.get_source_inputs(inputs)
+        inputs = inputs[0] if len(inputs) == 1 else inputs
     model = keras.Model(inputs, x, name=name)
     if weights is not None:
         _load_weights(model, weights)

@@ -45,7 +45,7 @@ def insert_non_local(model, after, **options):
     """
     after = [after] if isinstance(after, str) else list(after)
     if isinstance(model, keras.Sequential) and model.built:
-        model = keras.Model(model.inputs, model.outputs, name=model.name)
+        model = keras.Model(model.inputs[0], model.outputs[0], name=model.name)
     if not hasattr(model, "operations"):
         raise ValueError(f"`model` must be a functional Keras model. Received: model={model!r}")
     names = {layer.name for layer in model.layers}
@@ -105,7 +105,7 @@ def inflate_weights(image_model, video_model):
     >>> from keras_nonlocal.applications import C2DResNet11, I3DResNet11
     >>> image_model = C2DResNet11(temporal_strides=(1, 1, 1), non_local=0, classes=10)
     >>> inflate_weights(image_model, I3DResNet11(non_local=1, classes=4))
-    ['nonlocal_conv3_0', 'pred']
+    ['nonlocal_conv3_1', 'pred']
     """
     sources = {layer.name: layer for layer in image_model.layers if layer.weights}
     targets = [layer for layer in video_model.layers if layer.weights]

@@ -1,0 +1,525 @@
+"""`keras-nonlocal …`: trains, evaluates, predicts and exports from the command line.
+
+Every command parses, calls the package and prints. Bad input is one line on stderr and exit code 2.
+"""
+
+import argparse
+import contextlib
+import json
+import logging
+import math
+import os
+import pathlib
+import re
+import sys
+import tempfile
+import warnings
+import zipfile
+
+# Before TensorFlow starts: its notes on the machine would bury what the commands print.
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+
+MODELS = {
+    "i3d_resnet50": "I3DResNet50",
+    "i3d_resnet101": "I3DResNet101",
+    "i3d_resnet11": "I3DResNet11",
+    "c2d_resnet50": "C2DResNet50",
+    "c2d_resnet101": "C2DResNet101",
+    "c2d_resnet11": "C2DResNet11",
+}
+PAIRWISE = ("gaussian", "embedded_gaussian", "dot_product", "concatenation")
+# What `train` writes beside the model, so that the other commands prepare clips as it did.
+SETTINGS = ("class_names", "num_frames", "frame_stride", "image_size", "shorter_side")
+
+
+def main(argv=None):
+    """Runs the command line.
+
+    Args:
+        argv: List of strings, the arguments. `None`: those of the process.
+
+    Returns:
+        The exit code: 0 for success, 1 where some of the videos failed, 2 for bad arguments or data, 130 after Ctrl-C.
+    """
+    try:
+        args = _parser().parse_args(argv)
+        return args.command(args)
+    except _BadInput as error:
+        print(f"keras-nonlocal: error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("\nkeras-nonlocal: interrupted", file=sys.stderr)
+        return 130
+
+
+# Commands. TensorFlow and Keras are imported inside, so that `--help` need not wait for them.
+
+
+def _train(args):
+    out = pathlib.Path(args.out)
+    _check_out(out, args.overwrite)
+
+    import keras
+
+    from keras_nonlocal import applications
+    from keras_nonlocal.data import video_dataset_from_directory
+
+    with _reported_as_bad_input():
+        keras.utils.set_random_seed(args.seed)
+        datasets = video_dataset_from_directory(
+            args.data,
+            batch_size=args.batch_size,
+            num_frames=args.num_frames,
+            frame_stride=args.frame_stride,
+            image_size=args.image_size,
+            shorter_side=tuple(args.shorter_side),
+            horizontal_flip=not args.no_flip,
+            seed=args.seed,
+            validation_split=args.validation_split or None,
+            subset="both" if args.validation_split else None,
+        )
+        training, validation = datasets if args.validation_split else (datasets, None)
+        class_names, report = training.class_names, training.report
+        if len(class_names) < 2:
+            raise _BadInput(
+                f"a classifier needs at least 2 class folders. Received: DATA={args.data!r} with {class_names}"
+            )
+        options = {} if args.non_local is None else {"non_local": args.non_local}
+        if args.pairwise:
+            options["non_local_options"] = {"pairwise": args.pairwise}
+        try:
+            model = getattr(applications, MODELS[args.model])(
+                input_shape=(args.num_frames, None, None, 3),  # other sizes may be tested than trained on
+                classes=len(class_names),
+                weights=args.weights,
+                **options,
+            )
+        except (OSError, zipfile.BadZipFile) as error:  # which do not name the file
+            raise _BadInput(f"cannot load {args.weights}: {error}") from error
+        # Symbolically, before any video is read: a crop may be too small for the network.
+        model.compute_output_shape((None, args.num_frames, args.image_size, args.image_size, 3))
+
+    def normalised(dataset):
+        return dataset and dataset.map(lambda clips, labels: (applications.preprocess_input(clips), labels))
+
+    model.compile(
+        keras.optimizers.SGD(args.learning_rate, momentum=0.9, nesterov=True),
+        "sparse_categorical_crossentropy",
+        metrics=["accuracy"],
+    )
+    with _reported_as_bad_input(), warnings.catch_warnings():
+        # Broken videos are left out, so that the number of batches is unknown until the first epoch ends, which
+        # Keras then calls an interruption. It is none.
+        warnings.filterwarnings("ignore", message=".*[Yy]our input ran out of data.*")
+        # The dataset shuffles itself; Keras would warn that it cannot.
+        model.fit(normalised(training), validation_data=normalised(validation), epochs=args.epochs, shuffle=False)
+        settings = {name: vars(args).get(name) for name in SETTINGS} | {"class_names": class_names}
+        with _scratch(out) as scratch:
+            model.save(scratch)
+            _write_text(_settings_path(out), json.dumps(settings, indent=2) + "\n")
+    print(report.summary())
+    print(f"Wrote {out} for {len(class_names)} classes: {', '.join(class_names)}")
+    return 0
+
+
+def _evaluate(args):
+    classifier = _Classifier(args.model)
+    clips = classifier.clip_options(args)
+
+    from keras_nonlocal.data import video_dataset_from_directory
+    from keras_nonlocal.evaluation import evaluate_views
+
+    views = clips.pop("views")
+    with _reported_as_bad_input():
+        dataset = video_dataset_from_directory(
+            args.data, batch_size=max(args.batch_size // math.prod(views), 1), views=views, **clips
+        )
+        names = classifier.class_names
+        if len(dataset.class_names) != classifier.num_classes or names not in (None, dataset.class_names):
+            expected = f"{names}" if names else f"{classifier.num_classes} classes"
+            raise _BadInput(
+                f"the class folders must be those of the model, {expected}. "
+                f"Received: DATA={args.data!r} with {dataset.class_names}"
+            )
+        result = evaluate_views(classifier, dataset, view_batch_size=args.batch_size)
+    names = dataset.class_names
+    low, high = result.interval
+    print(f"top-1  {result.top_1:.4f}  (95 % interval {low:.4f} to {high:.4f})")
+    print(f"top-5  {result.top_5:.4f}")
+    print(f"{result.num_videos} videos, {result.num_views} views of each; {dataset.report.summary()}")
+    totals, width = result.confusion.sum(axis=1), max(len("class"), *map(len, names))
+    print(f"\n{'class':<{width}}  videos   top-1")
+    for name, total, right in zip(names, totals, result.per_class, strict=True):
+        print(f"{name:<{width}}  {total:>6}  {'-' if total == 0 else format(right, '.4f'):>6}")
+    if args.json:
+        figures = {
+            "top_1": result.top_1,
+            "top_5": result.top_5,
+            "interval": list(result.interval),
+            "num_videos": result.num_videos,
+            "num_views": result.num_views,
+            "class_names": names,
+            "per_class": [None if math.isnan(right) else right for right in result.per_class.tolist()],
+            "confusion": result.confusion.tolist(),
+            "broken": dataset.report.broken,
+        }
+        with _reported_as_bad_input():
+            _write_text(pathlib.Path(args.json), json.dumps(figures, indent=2) + "\n")
+    return 0
+
+
+def _predict(args):
+    classifier = _Classifier(args.model)
+    clips = classifier.clip_options(args)
+
+    import numpy as np
+
+    from keras_nonlocal.data import VideoError, load_views
+
+    names = classifier.class_names or [str(index) for index in range(classifier.num_classes)]
+    exit_code = 0
+    for video in args.videos:
+        with _reported_as_bad_input():
+            try:
+                views = load_views(video, **clips)
+            except VideoError as error:
+                print(f"keras-nonlocal: error: {error}", file=sys.stderr)
+                exit_code = 1
+                continue
+        batches = [views[i : i + args.batch_size] for i in range(0, len(views), args.batch_size)]
+        scores = np.concatenate([classifier.predict_on_batch(batch) for batch in batches]).mean(axis=0)
+        best = np.argsort(-scores, kind="stable")[: args.top_k]
+        if args.json:
+            top = [{"class": names[index], "score": float(scores[index])} for index in best]
+            print(json.dumps({"video": video, "predictions": top}), flush=True)
+        else:
+            print("\n".join([video, *(f"  {scores[index]:.4f}  {names[index]}" for index in best)]), flush=True)
+    return exit_code
+
+
+def _export(args):
+    model, settings = _load_keras(args.model), _read_settings(args.model)
+    names = args.class_names.split(",") if args.class_names else settings.get("class_names")
+
+    from keras_nonlocal.export import export_saved_model
+
+    with _reported_as_bad_input():
+        path = export_saved_model(model, args.out, class_names=names)
+    print(f"Wrote {path}" + ("" if names is None else f" for {len(names)} classes: {', '.join(names)}"))
+    print(f"serving_default: clips uint8 {tuple(model.input_shape)} -> scores float32 {tuple(model.output_shape)}")
+    return 0
+
+
+# Models
+
+
+class _Classifier:
+    """A `.keras` file or an exported SavedModel: from uint8 clips to scores, with what is known of its clips."""
+
+    def __init__(self, path):
+        self.path = path
+        self.settings = _read_settings(path)
+        self.class_names = self.settings.get("class_names")
+        if os.path.isdir(path):
+            self._load_export()
+        else:
+            self._load_keras()
+        if self.class_names is not None and len(self.class_names) != self.num_classes:
+            raise _BadInput(
+                f"the class names beside the model must be {self.num_classes}, as its scores. "
+                f"Received: class_names={self.class_names}"
+            )
+
+    def _load_export(self):
+        import tensorflow as tf
+
+        from keras_nonlocal.export import read_class_names
+
+        # TensorFlow warns that gradients may be missing, which nobody asks for here.
+        logging.getLogger("absl").setLevel(logging.ERROR)
+        with _loading(self.path):
+            self._loaded = tf.saved_model.load(self.path)  # kept: the signature holds no reference to it
+            signature = self._loaded.signatures["serving_default"]
+            self.clip_shape = tuple(signature.structured_input_signature[1]["clips"].shape)[1:]
+            self.num_classes = signature.structured_outputs["scores"].shape[-1]
+            self.class_names = read_class_names(self.path) or self.class_names
+        self._predict = lambda clips: signature(clips=tf.constant(clips))["scores"].numpy()
+
+    def _load_keras(self):
+        model = _load_keras(self.path)
+
+        from keras_nonlocal.applications import preprocess_input
+
+        self.clip_shape, self.num_classes = tuple(model.input_shape[1:]), model.output_shape[-1]
+        self._predict = lambda clips: model.predict_on_batch(preprocess_input(clips))
+
+    def predict_on_batch(self, clips):
+        import tensorflow as tf
+
+        try:
+            return self._predict(clips)
+        except (ValueError, tf.errors.OpError) as error:
+            # Such as frames that are smaller than its strides; what TensorFlow says then is a page long.
+            raise _BadInput(
+                f"the model does not run on clips of the shape {clips.shape}: {type(error).__name__}"
+            ) from error
+
+    def clip_options(self, args):
+        """Arguments of `load_views`: from the options, else from the model's shape, else from its settings."""
+        frames, height, width, _ = self.clip_shape
+        num_frames = args.num_frames or frames or self.settings.get("num_frames")
+        frame_stride = args.frame_stride or self.settings.get("frame_stride")
+        size = (args.image_size,) * 2 if args.image_size else None
+        static_size = None if None in (height, width) else (height, width)
+        # The paper tests on crops as large as the shorter side, the smallest of those trained on.
+        shorter_side = args.shorter_side or self.settings.get("shorter_side", [None])[0]
+        image_size = size or static_size or (shorter_side and (shorter_side, shorter_side))
+        needed = {"--num-frames": num_frames, "--frame-stride": frame_stride, "--image-size": image_size}
+        missing = [option for option, value in needed.items() if value is None]
+        if missing:
+            raise _BadInput(
+                f"neither {_settings_path(self.path)} nor the model says what {' and '.join(missing)} should be. "
+                "Give the option"
+            )
+        if frames not in (None, num_frames):
+            raise _BadInput(f"the model takes clips of {frames} frames. Received: --num-frames {num_frames}")
+        if static_size not in (None, image_size):
+            raise _BadInput(
+                f"the model takes frames of {height}x{width} pixels. Received: --image-size {args.image_size}"
+            )
+        return {
+            "num_frames": num_frames,
+            "frame_stride": frame_stride,
+            "image_size": image_size,
+            "shorter_side": shorter_side or max(image_size),
+            "views": (args.clips, args.crops),
+            "view_sampling": args.view_sampling,
+        }
+
+
+def _load_keras(path):
+    if not os.path.isfile(path) or not path.endswith(".keras"):
+        raise _BadInput(f"MODEL must be a .keras file or an exported SavedModel. Received: MODEL={path!r}")
+
+    import keras
+
+    import keras_nonlocal.applications  # noqa: F401  registers the layers
+
+    with _loading(path):
+        model = keras.saving.load_model(path, compile=False)
+        shapes = [tuple(tensor.shape) for tensor in (*model.inputs, *model.outputs)]
+    if [len(shape) for shape in shapes] != [5, 2]:
+        raise _BadInput(
+            "MODEL must take clips (batch, frames, height, width, 3) and give scores (batch, classes). "
+            f"Received: MODEL={path!r} with the shapes {shapes}"
+        )
+    return model
+
+
+@contextlib.contextmanager
+def _loading(path):
+    try:
+        yield
+    except Exception as error:  # a file that is no model can fail anywhere in the loaders
+        raise _BadInput(f"cannot load {path}: {error}") from error
+
+
+def _settings_path(model_path):
+    return pathlib.Path(f"{str(model_path).rstrip('/')}.json")
+
+
+def _read_settings(model_path):
+    path = _settings_path(model_path)
+    if not path.exists():
+        return {}
+    with _loading(path):
+        settings = json.loads(path.read_text(encoding="utf-8"))
+        return {name: settings[name] for name in SETTINGS}
+
+
+# Errors and files
+
+
+class _BadInput(Exception):
+    """What the user can mend, in one line."""
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message):
+        raise _BadInput(message)  # instead of the usage and an exit
+
+
+@contextlib.contextmanager
+def _reported_as_bad_input():
+    """The package's own words on bad arguments and data become the command's error line."""
+    import tensorflow as tf
+
+    try:
+        yield
+    except (ValueError, OSError) as error:
+        raise _BadInput(error) from error
+    except tf.errors.OpError as error:
+        # Errors inside of tf.data and of file systems arrive wrapped in a graph's traceback.
+        reason = re.search(r"No video could be decoded: .*|No space left on device", str(error))
+        if reason is None:
+            raise
+        raise _BadInput(reason.group()) from error
+
+
+def _check_out(out, overwrite):
+    """Before the training, not after it."""
+    if out.suffix != ".keras":
+        raise _BadInput(f"--out must end with .keras. Received: --out {out}")
+    if out.exists() and not overwrite:
+        raise _BadInput(f"--out exists; --overwrite replaces it. Received: --out {out}")
+    if out.is_dir() or not os.access(out.parent, os.W_OK):
+        raise _BadInput(f"--out must be a file in a folder that can be written to. Received: --out {out}")
+
+
+@contextlib.contextmanager
+def _scratch(path):
+    """A name beside `path` that becomes `path` when it is written: readers see whole files only."""
+    folder = pathlib.Path(tempfile.mkdtemp(prefix=f".{path.name}-", dir=path.parent))
+    scratch = folder / path.name
+    try:
+        yield scratch
+        os.replace(scratch, path)
+    finally:
+        scratch.unlink(missing_ok=True)
+        folder.rmdir()
+
+
+def _write_text(path, text):
+    with _scratch(path) as scratch:
+        scratch.write_text(text, encoding="utf-8")
+
+
+# Options
+
+
+def _positive(text):
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"must be a positive integer. Received: {text!r}")
+    return int(text)
+
+
+def _rate(text):
+    try:
+        rate = float(text)
+    except ValueError:
+        rate = math.nan
+    if not 0 < rate < math.inf:
+        raise argparse.ArgumentTypeError(f"must be a positive number. Received: {text!r}")
+    return rate
+
+
+def _parser():
+    parser = _Parser(
+        prog="keras-nonlocal",
+        description="Trains, evaluates, applies and exports video classifiers with non-local blocks.",
+    )
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    data_help = "folder with a sub-folder of videos for every class"
+    model_help = "a .keras file, or a folder that `keras-nonlocal export` wrote"
+
+    train = _command(commands, "train", _train, "trains a network on a folder of videos")
+    train.add_argument("data", metavar="DATA", help=data_help)
+    train.add_argument("--out", required=True, metavar="MODEL.keras", help="file to write")
+    train.add_argument("--overwrite", action="store_true", help="replace --out if it exists")
+    train.add_argument("--model", choices=MODELS, default="i3d_resnet50", help="network (default: %(default)s)")
+    train.add_argument("--non-local", type=int, metavar="N", help="non-local blocks (default: the network's)")
+    train.add_argument("--pairwise", choices=PAIRWISE, help="pairwise function (default: embedded_gaussian)")
+    train.add_argument("--weights", metavar="PATH", help="weights to start from, .keras or .weights.h5")
+    _sizes(train, num_frames=8, frame_stride=8, image_size=224)
+    train.add_argument(
+        "--shorter-side",
+        type=_positive,
+        nargs=2,
+        metavar=("LOW", "HIGH"),
+        default=[256, 320],
+        help="frames are resized to a random shorter side in this range before the crop (default: 256 320)",
+    )
+    train.add_argument("--no-flip", action="store_true", help="never mirror a clip")
+    train.add_argument(
+        "--batch-size", type=_positive, default=8, metavar="N", help="clips in a batch (default: %(default)s)"
+    )
+    train.add_argument(
+        "--epochs", type=_positive, default=10, metavar="N", help="passes over the videos (default: %(default)s)"
+    )
+    train.add_argument("--learning-rate", type=_rate, default=0.01, metavar="R", help="(default: %(default)s)")
+    train.add_argument(
+        "--validation-split", type=float, default=0.0, metavar="F", help="fraction kept for validation (default: none)"
+    )
+    train.add_argument("--seed", type=int, default=0, metavar="N", help="(default: %(default)s)")
+
+    evaluate = _command(commands, "evaluate", _evaluate, "measures top-1 and top-5 over several views of each video")
+    evaluate.add_argument("model", metavar="MODEL", help=model_help)
+    evaluate.add_argument("data", metavar="DATA", help=data_help)
+    _views(evaluate, clips=10, crops=3)
+    evaluate.add_argument("--json", metavar="FILE", help="also write the figures to this file")
+
+    predict = _command(commands, "predict", _predict, "names the classes of videos")
+    predict.add_argument("model", metavar="MODEL", help=model_help)
+    predict.add_argument("videos", nargs="+", metavar="VIDEO", help="video files")
+    predict.add_argument(
+        "--top-k", type=_positive, default=5, metavar="K", help="classes to print (default: %(default)s)"
+    )
+    predict.add_argument("--json", action="store_true", help="print a JSON object a line, for every video")
+    _views(predict, clips=1, crops=1)
+
+    export = _command(commands, "export", _export, "writes a SavedModel: uint8 clips in, scores out, no Keras needed")
+    export.add_argument("model", metavar="MODEL", help="a .keras file")
+    export.add_argument("out", metavar="OUT", help="folder to create")
+    export.add_argument(
+        "--class-names", metavar="A,B,…", help="names of the scores (default: those that `train` wrote beside MODEL)"
+    )
+    return parser
+
+
+def _command(commands, name, function, description):
+    parser = commands.add_parser(name, help=description, description=description[0].upper() + description[1:] + ".")
+    parser.set_defaults(command=function)
+    return parser
+
+
+def _sizes(parser, num_frames=None, frame_stride=None, image_size=None):
+    default = "(default: %(default)s)" if num_frames else "(default: as trained)"
+    parser.add_argument(
+        "--num-frames", type=_positive, default=num_frames, metavar="N", help=f"frames of a clip {default}"
+    )
+    parser.add_argument(
+        "--frame-stride", type=_positive, default=frame_stride, metavar="N", help=f"step between them {default}"
+    )
+    size_default = default if num_frames else "(default: --shorter-side)"
+    parser.add_argument(
+        "--image-size", type=_positive, default=image_size, metavar="N", help=f"side of the square crops {size_default}"
+    )
+
+
+def _views(parser, clips, crops):
+    _sizes(parser)
+    parser.add_argument(
+        "--shorter-side",
+        type=_positive,
+        metavar="N",
+        help="frames are resized to it before the crops (default: the smallest of the training)",
+    )
+    parser.add_argument(
+        "--clips", type=_positive, default=clips, metavar="N", help="clips of a video (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--crops", type=_positive, default=crops, metavar="N", help="crops of a clip (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--view-sampling",
+        choices=("recipe", "even"),
+        default="recipe",
+        help="where the clips start: as in the authors' release, or evenly spread (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--batch-size", type=_positive, default=8, metavar="N", help="views in a batch (default: %(default)s)"
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())

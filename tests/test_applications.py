@@ -1,0 +1,677 @@
+"""The networks: the paper's sizes, a forward pass by hand, weights that move between networks."""
+
+import inspect
+
+import keras
+import numpy as np
+import pytest
+import tensorflow as tf
+
+from keras_nonlocal import applications, layers
+from keras_nonlocal.applications import (
+    C2DResNet11,
+    I3DResNet11,
+    I3DResNet50,
+    folded,
+    inflate_weights,
+    insert_non_local,
+    preprocess_input,
+    resnet,
+)
+from tests import reference
+from tests.descriptors import layer_weights, randomise, summary
+
+SHAPE = (8, 224, 224, 3)
+
+
+def assert_close(actual, expected, tolerance=1e-5):
+    actual, expected = np.float64(actual), np.float64(expected)
+    assert actual.shape == expected.shape
+    assert np.abs(actual - expected).max() <= tolerance * np.abs(expected).max()
+
+
+def of(name, **options):
+    # name="model" as in test_conformance, so that the same network is built once for both.
+    return summary(getattr(applications, name), name="model", input_shape=SHAPE, **options)
+
+
+# Sizes
+
+
+SLOW = pytest.mark.slow
+
+
+@pytest.mark.parametrize(
+    ("name", "non_local", "millions"),
+    [
+        ("C2DResNet50", 0, "24.33"),
+        ("C2DResNet50", 5, "31.69"),
+        ("I3DResNet50", 0, "28.04"),
+        ("I3DResNet50", 5, "35.40"),
+        pytest.param("I3DResNet50", 10, "42.76", marks=SLOW),
+        pytest.param("C2DResNet101", 0, "43.32", marks=SLOW),
+        ("C2DResNet101", 5, "50.68"),
+        pytest.param("I3DResNet101", 0, "51.75", marks=SLOW),
+        ("I3DResNet101", 5, "59.11"),
+    ],
+)
+def test_parameters(name, non_local, millions):
+    assert f"{of(name, non_local=non_local)['trainable'] / 1e6:.2f}" == millions
+
+
+@SLOW
+def test_parameters_of_3x3x3():
+    count = of("I3DResNet101", non_local=0, inflation="3x3x3")["trainable"]
+    assert f"{count / 1e6:.2f}" == "63.04"
+
+
+def test_parameters_of_one_block():
+    for channels, expected in ((512, 526_592), (1024, 2_101_760)):
+        layer = layers.NonLocal3D(**resnet.RELEASE_OPTIONS)
+        layer.build((None, None, None, None, channels))
+        assert sum(int(np.prod(w.shape)) for w in layer.trainable_weights) == expected
+
+
+def sizes(shapes):
+    names = ["conv1_relu", "pool1", "pool2", "res2_2_out", "res3_3_out", "res4_5_out", "res5_2_out"]
+    return [shapes[name][1:] for name in names]
+
+
+def test_feature_maps():
+    assert sizes(of("I3DResNet50", non_local=5)["shapes"]) == [
+        (8, 112, 112, 64),
+        (8, 55, 55, 64),
+        (4, 55, 55, 256),
+        (8, 55, 55, 256),
+        (4, 28, 28, 512),
+        (4, 14, 14, 1024),
+        (4, 7, 7, 2048),
+    ]
+
+
+@pytest.mark.parametrize(("frames", "expected"), [(32, (16, 8, 4)), (128, (64, 32, 16))])
+def test_frames_of_the_paper_stem(frames, expected):
+    model = I3DResNet11(input_shape=(frames, 64, 64, 3), temporal_strides=(2, 2, 2))
+    outputs = [model.get_layer(name).output.shape[1] for name in ("conv1_relu", "pool1", "pool2")]
+    assert tuple(outputs) == expected
+
+
+def test_pool1_padding():
+    model = C2DResNet11(input_shape=SHAPE, pool1_padding="same")
+    assert model.get_layer("pool1").output.shape == (None, 8, 56, 56, 16)
+    assert model.get_layer("res3_0_out").output.shape[2:4] == (28, 28)
+
+
+POSITIONS = {
+    ("50", 1): ["4_4"],
+    ("50", 5): ["3_1", "3_3", "4_1", "4_3", "4_5"],
+    ("50", 10): [f"3_{i}" for i in range(4)] + [f"4_{i}" for i in range(6)],
+    ("101", 1): ["4_21"],
+    ("101", 5): ["3_1", "3_3", "4_6", "4_13", "4_20"],
+    ("101", 10): [f"3_{i}" for i in range(4)] + [f"4_{i}" for i in (2, 6, 10, 14, 18, 22)],
+}
+
+
+@pytest.mark.parametrize(("size", "number"), POSITIONS)
+def test_positions_of_non_local_blocks(size, number):
+    placement = resnet.non_local_blocks(resnet.ARRANGEMENTS[size], number)
+    names = [f"{stage}_{i}" for stage, indices in placement.items() for i in indices]
+    assert names == POSITIONS[size, number]
+    assert len(names) == number
+
+
+@pytest.mark.parametrize(("size", "name"), [("50", "I3DResNet50"), ("101", "I3DResNet101")])
+def test_non_local_blocks_stand_after_their_residual_block(size, name):
+    names = of(name, non_local=5)["layers"]
+    expected = POSITIONS[size, 5]
+    assert [n for n in names if n.startswith("nonlocal")] == [f"nonlocal_conv{p}" for p in expected]
+    for position in expected:
+        assert names[names.index(f"nonlocal_conv{position}") - 1] == f"res{position}_out"
+
+
+@pytest.mark.parametrize(
+    ("name", "blocks"), [("I3DResNet50", (3, 4, 6, 3)), ("I3DResNet101", (3, 4, 23, 3))]
+)
+def test_inflated_kernels(name, blocks):
+    printed = {2: [1, 1, 1], 3: [1, 0] * 2, 4: ([1, 0] * 12)[: blocks[2]], 5: [0, 1, 0]}
+    weights = of(name, non_local=5)["weights"]
+    assert weights["conv1/kernel"] == [5, 7, 7, 3, 64]
+    for stage, inflated in printed.items():
+        assert len(inflated) == blocks[stage - 2]
+        for block, is_inflated in enumerate(inflated):
+            kernels = [weights[f"res{stage}_{block}_branch2{c}/kernel"][:3] for c in "abc"]
+            assert kernels == [[3 if is_inflated else 1, 1, 1], [1, 3, 3], [1, 1, 1]]
+            assert (f"res{stage}_{block}_branch1/kernel" in weights) == (block == 0)
+    plain = of(name.replace("I3D", "C2D"), non_local=5)["weights"]
+    assert all(shape[0] == 1 for path, shape in plain.items() if len(shape) == 5)
+
+
+@SLOW
+def test_inflated_kernels_of_3x3x3():
+    weights = of("I3DResNet101", non_local=0, inflation="3x3x3")["weights"]
+    assert weights["res3_0_branch2a/kernel"][:3] == [1, 1, 1]
+    assert weights["res3_0_branch2b/kernel"][:3] == [3, 3, 3]
+    assert weights["res3_1_branch2b/kernel"][:3] == [1, 3, 3]
+
+
+# Folded layers
+
+
+CONVOLUTIONS = [
+    {"kernel_size": (1, 3, 3)},
+    {"kernel_size": (1, 3, 3), "padding": "same"},
+    {"kernel_size": (1, 3, 2), "strides": (1, 2, 3)},
+    {"kernel_size": (1, 3, 3), "strides": (1, 2, 2), "padding": "same", "use_bias": False},
+    {"kernel_size": (1, 1, 1), "strides": (1, 2, 2), "activation": "relu"},
+    {"kernel_size": (1, 2, 2), "dilation_rate": (1, 2, 2)},
+    {"kernel_size": (3, 1, 1), "padding": "same"},
+    {"kernel_size": (3, 3, 3), "strides": (2, 2, 2)},
+    {"kernel_size": (1, 3, 3), "strides": (2, 1, 1)},
+]
+POOLINGS = [
+    {"pool_size": (1, 3, 3), "strides": (1, 2, 2)},
+    {"pool_size": (2, 3, 3), "strides": (2, 2, 2)},
+    {"pool_size": (2, 1, 1)},
+    {"pool_size": (3, 1, 1), "strides": (1, 1, 1), "padding": "same"},
+    {"pool_size": (2, 3, 2), "strides": (1, 3, 1), "padding": "same"},
+    {"pool_size": 2},
+    {"pool_size": (1, 1, 1), "strides": (2, 1, 2)},
+]
+
+
+def with_gradients(function, *arguments):
+    arguments = [tf.constant(argument) for argument in arguments]
+    with tf.GradientTape() as tape:
+        tape.watch(arguments)
+        outputs = function(*arguments)
+        loss = tf.reduce_sum(outputs**2)
+    return [outputs, *tape.gradient(loss, arguments)]
+
+
+@pytest.mark.parametrize("options", CONVOLUTIONS, ids=str)
+def test_folded_convolution(rng, options):
+    x = rng.normal(size=(2, 5, 7, 6, 3)).astype("float32")
+    plain = keras.layers.Conv3D(4, **options)
+    plain.build(x.shape)
+    randomise(plain)
+    ours = folded.Conv3D(4, **options)
+    ours.build((None, None, None, None, 3))
+    ours.set_weights(plain.get_weights())
+    kernel = np.asarray(plain.kernel)
+    for layer in (plain, ours):
+        layer.compare = with_gradients(
+            lambda x, k, layer=layer: layer.convolution_op(x, k), x, kernel
+        )
+    for a, b in zip(ours.compare, plain.compare, strict=True):
+        assert_close(a, b)
+    assert_close(ours(x), plain(x))
+    dynamic = tf.function(ours, input_signature=[tf.TensorSpec((None, None, None, None, 3))])
+    assert_close(dynamic(x), plain(x))
+    assert ours(keras.KerasTensor((None, None, 7, None, 3))).shape == (
+        plain(keras.KerasTensor((None, None, 7, None, 3))).shape
+    )
+
+
+@pytest.mark.parametrize("options", POOLINGS, ids=str)
+def test_folded_pooling(rng, options):
+    x = rng.normal(size=(2, 5, 7, 6, 3)).astype("float32")
+    plain, ours = keras.layers.MaxPooling3D(**options), folded.MaxPooling3D(**options)
+    for a, b in zip(with_gradients(ours, x), with_gradients(plain, x), strict=True):
+        assert_close(a, b, 1e-6)
+    dynamic = tf.function(ours, input_signature=[tf.TensorSpec((None, None, None, None, 3))])
+    np.testing.assert_array_equal(dynamic(x), plain(x))
+    assert ours(keras.KerasTensor((None, 5, None, 6, 3))).shape == (
+        plain(keras.KerasTensor((None, 5, None, 6, 3))).shape
+    )
+
+
+def test_frames_are_folded(rng):
+    """The guard of the two tests above: single-frame kernels do not run in 3-D."""
+
+    def operations(layer):
+        function = tf.function(layer)
+        graph = function.get_concrete_function(tf.TensorSpec((2, 5, 7, 6, 3))).graph
+        return {operation.type for operation in graph.get_operations()}
+
+    single, temporal = folded.Conv3D(4, (1, 3, 3)), folded.Conv3D(4, (3, 1, 1))
+    assert "Conv2D" in operations(single) and "Conv3D" not in operations(single)
+    assert "Conv3D" in operations(temporal)
+    assert "MaxPool3D" not in operations(folded.MaxPooling3D((2, 3, 3)))
+
+
+# Numbers
+
+
+def twin_weights(model):
+    return {
+        layer.name: layer_weights(layer) if "nonlocal" in layer.name else layer.get_weights()
+        for layer in model.layers
+    }
+
+
+@pytest.mark.parametrize("temporal_strides", [(1, 1, 2), (2, 2, 2)])
+@pytest.mark.parametrize("builder", [C2DResNet11, I3DResNet11])
+def test_forward_by_hand(rng, builder, temporal_strides):
+    frames = 9 if temporal_strides == (2, 2, 2) else 4
+    x = rng.normal(size=(2, frames, 33, 27, 3)).astype("float32")
+    model = builder(
+        input_shape=x.shape[1:], classes=6, non_local=1, temporal_strides=temporal_strides
+    )
+    randomise(model)
+    expected = reference.resnet11(x, twin_weights(model), builder is I3DResNet11, temporal_strides)
+    assert expected.std(0).max() > 1e-3  # the samples differ
+    assert_close(model(x, training=False), expected, 1e-4)
+
+
+def test_hyperparameters():
+    model = I3DResNet11(classes=6)
+    norms = [layer for layer in model.layers if isinstance(layer, keras.layers.BatchNormalization)]
+    blocks = [layer for layer in model.layers if isinstance(layer, layers.NonLocal3D)]
+    assert len(norms) == 12 and len(blocks) == 2
+    for norm in norms + [block.norm for block in blocks]:
+        assert (norm.momentum, norm.epsilon) == (0.9, 1e-5)
+    for block in blocks:
+        assert (block.pairwise, block.scale, block.pool_size) == (
+            "embedded_gaussian",
+            "sqrt",
+            (1, 2, 2),
+        )
+        assert 0.008 < np.std(block.theta.kernel) < 0.012
+        assert not np.any(block.norm.gamma)
+    assert model.get_layer("dropout").rate == 0.5
+    kernel = np.asarray(model.get_layer("res3_1_branch2b").kernel)  # He: std √(2 / fan-in)
+    np.testing.assert_allclose(kernel.std(), (2 / (9 * 32)) ** 0.5, rtol=0.1)
+    assert 0.008 < np.std(model.get_layer("pred").kernel) < 0.012
+
+
+def test_preprocess_input(rng):
+    x = np.array([0, 114, 255], "uint8")
+    expected = (np.array([0, 114, 255]) - 114.75) / 57.375
+    for inputs in (x, tf.constant(x), x.astype("float64"), [0, 114, 255]):
+        outputs = preprocess_input(inputs)
+        assert outputs.dtype == "float32"
+        np.testing.assert_allclose(outputs, expected, rtol=1e-6)
+    assert isinstance(preprocess_input(x), np.ndarray)
+    assert x.tolist() == [0, 114, 255]
+    symbolic = preprocess_input(keras.Input((4, 4, 3), dtype="uint8"))
+    assert symbolic.dtype == "float32"
+
+
+# Arguments of the builders
+
+
+def test_heads(rng):
+    x = rng.normal(size=(2, 4, 33, 27, 3)).astype("float32")
+    options = {"input_shape": x.shape[1:], "non_local": 1}
+    bare = randomise(C2DResNet11(include_top=False, **options))
+    features = np.asarray(bare(x, training=False))
+    assert features.shape == (2, 2, 4, 3, 128)
+    logits = None
+    for pooling, reduce in (("avg", np.mean), ("max", np.max)):
+        model = C2DResNet11(include_top=False, pooling=pooling, **options)
+        model.set_weights(bare.get_weights())
+        assert_close(model(x, training=False), reduce(features, (1, 2, 3)))
+    for activation in (None, "sigmoid", "softmax"):
+        model = C2DResNet11(classes=7, classifier_activation=activation, **options)
+        randomise(model)
+        scores = np.float64(model(x, training=False))
+        assert scores.shape == (2, 7)
+        if activation is None:
+            logits = scores
+        elif activation == "sigmoid":
+            assert_close(scores, 1 / (1 + np.exp(-logits)))
+        else:
+            assert_close(scores, reference.softmax(logits))
+
+
+def test_defaults():
+    model = C2DResNet11()
+    assert model.input_shape == (None, None, None, None, 3)
+    assert model.output_shape == (None, 400)
+    assert model.name == "c2d_resnet11"
+    assert I3DResNet11(name="mine").name == "mine"
+
+
+@pytest.mark.filterwarnings("error:The structure of")
+def test_input_tensor(rng):
+    inputs = keras.Input((4, 33, 27, 3), dtype="uint8", name="clip")
+    model = C2DResNet11(input_tensor=preprocess_input(inputs), classes=5, non_local=1)
+    assert model.input_shape == (None, 4, 33, 27, 3)
+    assert model.inputs[0] is inputs
+    plain = C2DResNet11(input_shape=(4, 33, 27, 3), classes=5, non_local=1)
+    plain.set_weights(model.get_weights())
+    x = rng.integers(0, 256, (2, 4, 33, 27, 3)).astype("uint8")
+    assert_close(model(x, training=False), plain(preprocess_input(x), training=False))
+
+
+def test_non_local_argument():
+    def blocks(**options):
+        model = I3DResNet11(**options)
+        return [layer for layer in model.layers if isinstance(layer, layers.NonLocal3D)]
+
+    assert blocks(non_local=0) == []
+    assert [b.name for b in blocks(non_local=1)] == ["nonlocal_conv3_1"]
+    assert [b.name for b in blocks(non_local=2)] == ["nonlocal_conv3_0", "nonlocal_conv3_1"]
+    found = blocks(
+        non_local={2: [0], 3: [0]},
+        non_local_options={"pairwise": "dot_product", "pool_size": None},
+    )
+    assert [b.name for b in found] == ["nonlocal_conv2_0", "nonlocal_conv3_0"]
+    for block in found:
+        assert (block.pairwise, block.pool_size, block.scale) == ("dot_product", None, "sqrt")
+    assert set(resnet.RELEASE_OPTIONS) == {"pool_size", "scale", "kernel_initializer"}
+
+
+def test_channels_first():
+    before = keras.config.image_data_format()
+    keras.config.set_image_data_format("channels_first")
+    try:
+        model = I3DResNet11(input_shape=(3, 4, 33, 27), include_top=False, pool1_padding="same")
+    finally:
+        keras.config.set_image_data_format(before)
+    last = I3DResNet11(input_shape=(4, 33, 27, 3), include_top=False, pool1_padding="same")
+    assert model.output_shape == (None, 128, *last.output_shape[1:4])
+    assert [w.shape for w in model.weights] == [w.shape for w in last.weights]
+
+
+def test_public_builders_have_the_signature_of_keras_applications():
+    start = (
+        "include_top weights input_tensor input_shape pooling classes classifier_activation name"
+    )
+    for name in applications.__all__:
+        if "ResNet" in name:
+            parameters = list(inspect.signature(getattr(applications, name)).parameters)
+            assert parameters[:8] == start.split()
+            assert parameters[8] == "non_local"
+
+
+def test_weights(rng, tmp_path):
+    x = rng.normal(size=(1, 4, 33, 27, 3)).astype("float32")
+    options = {"input_shape": x.shape[1:], "classes": 5}
+    model = randomise(I3DResNet11(**options))
+    expected = model(x, training=False)
+    for name in ("a.weights.h5", "a.keras"):
+        path = tmp_path / name
+        model.save_weights(path) if name.endswith("h5") else model.save(path)
+        for weights in (path, str(path)):
+            loaded = I3DResNet11(weights=weights, **options)
+            np.testing.assert_array_equal(loaded(x, training=False), expected)
+    with pytest.raises(ValueError):
+        I3DResNet11(weights=path, input_shape=x.shape[1:], classes=6)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"weights": "imagenet.ckpt"}, r"`weights` must be .*Received: weights='imagenet.ckpt'"),
+        ({"weights": "no.weights.h5"}, r"does not exist\. Received: weights='no.weights.h5'"),
+        ({"non_local": 3}, r"`non_local` must be one of 0, 1, 2, or .*Received: non_local=3"),
+        (
+            {"non_local": {6: [0]}},
+            r"`non_local` must name stages .*\(1, 2\).*non_local=\{6: \[0\]\}",
+        ),
+        (
+            {"non_local": {3: [2]}},
+            r"`non_local` must name stages .*Received: non_local=\{3: \[2\]\}",
+        ),
+        ({"inflation": "5x1x1"}, r"`inflation` must be .*Received: inflation='5x1x1'"),
+        ({"pool1_padding": 1}, r"`pool1_padding` must be .*Received: pool1_padding=1"),
+        ({"pooling": "mean"}, r"`pooling` must be .*Received: pooling='mean'"),
+        ({"temporal_strides": (1, 2)}, r"`temporal_strides` must be .*temporal_strides=\(1, 2\)"),
+        (
+            {"input_shape": (8, 8, 3)},
+            r"`input_shape` must have 4 .*Received: input_shape=\(8, 8, 3\)",
+        ),
+        (
+            {"input_shape": (1, 64, 64, 3)},
+            r"at least 2 frames.*Received: input_shape=\(1, 64, 64, 3\)",
+        ),
+    ],
+)
+def test_errors_of_builders(options, message):
+    with pytest.raises(ValueError, match=message):
+        C2DResNet11(**options)
+
+
+def test_non_local_of_a_stage_that_the_small_network_lacks():
+    with pytest.raises(ValueError, match=r"stages 2 to 3 .*Received: non_local=\{4: \[0\]\}"):
+        C2DResNet11(non_local={4: [0]})
+
+
+# Inflation
+
+
+def still_video(rng, frames):
+    image = rng.normal(size=(2, 1, 33, 27, 3)).astype("float32")
+    return image, np.repeat(image, frames, axis=1)
+
+
+@pytest.mark.parametrize("builder", [C2DResNet11, I3DResNet11])
+def test_inflated_weights_on_a_still_video(rng, builder):
+    image_model = C2DResNet11(temporal_strides=(1, 1, 1), non_local=0, include_top=False)
+    randomise(image_model)
+    video_model = builder(non_local=0, include_top=False)
+    assert inflate_weights(image_model, video_model) == []
+    image, video = still_video(rng, 16)
+    expected = np.asarray(image_model(image, training=False))
+    outputs = np.asarray(video_model(video, training=False))
+    if builder is I3DResNet11:  # zero padding in time reaches 2 + 1 frames, and after pool2 1 step
+        assert outputs.shape[1] == 8
+        assert np.abs(outputs[:, :1] - expected).max() > 1e-2
+        outputs = outputs[:, 3:5]
+    assert_close(outputs, np.broadcast_to(expected, outputs.shape), 1e-5)
+
+
+def test_inflation_from_a_2d_network(rng):
+    inputs = keras.Input((9, 9, 3))
+    x = keras.layers.Conv2D(4, 3, name="conv")(inputs)
+    x = keras.layers.BatchNormalization(name="norm")(x)
+    outputs = keras.layers.Dense(2, name="head")(keras.layers.GlobalAveragePooling2D()(x))
+    image_model = randomise(keras.Model(inputs, outputs))
+    inputs = keras.Input((6, 9, 9, 3))
+    x = keras.layers.Conv3D(4, (3, 3, 3), name="conv")(inputs)
+    x = keras.layers.BatchNormalization(name="norm")(x)
+    x = layers.NonLocal3D(name="block")(x)
+    outputs = keras.layers.Dense(2, name="head")(keras.layers.GlobalAveragePooling3D()(x))
+    video_model = keras.Model(inputs, outputs)
+    assert inflate_weights(image_model, video_model) == ["block"]
+    kernel = np.asarray(video_model.get_layer("conv").kernel)
+    for t in range(3):
+        assert_close(kernel[t], np.asarray(image_model.get_layer("conv").kernel) / 3, 1e-6)
+    image = rng.normal(size=(2, 9, 9, 3)).astype("float32")
+    video = np.repeat(image[:, None], 6, axis=1)
+    assert_close(video_model(video), image_model(image))
+
+
+def test_layers_that_inflation_leaves():
+    image_model = randomise(C2DResNet11(temporal_strides=(1, 1, 1), non_local=0, classes=10))
+    video_model = I3DResNet11(non_local=2, classes=4)
+    before = [video_model.get_layer(name).get_weights() for name in ("pred", "nonlocal_conv3_0")]
+    left = inflate_weights(image_model, video_model)
+    assert left == ["nonlocal_conv3_0", "nonlocal_conv3_1", "pred"]
+    after = [video_model.get_layer(name).get_weights() for name in ("pred", "nonlocal_conv3_0")]
+    for a, b in zip(sum(before, []), sum(after, []), strict=True):
+        np.testing.assert_array_equal(a, b)
+    same_head = I3DResNet11(non_local=0, classes=10)
+    assert inflate_weights(image_model, same_head) == []
+
+
+def test_errors_of_inflation():
+    inputs = keras.Input((9, 9, 3))
+    x = keras.layers.Conv2D(4, 3, name="conv1")(inputs)
+    image_model = keras.Model(inputs, keras.layers.Conv2D(4, 5, name="conv2")(x))
+    inputs = keras.Input((6, 9, 9, 3))
+    x = keras.layers.Conv3D(4, 3, name="conv1")(inputs)
+    video_model = keras.Model(inputs, keras.layers.Conv3D(4, 3, name="conv2")(x))
+    before = video_model.get_weights()
+    with pytest.raises(
+        ValueError, match=r"The layer 'conv2' needs .*\(3, 3, 3, 4, 4\).*Received: \[\(5, 5, 4, 4\)"
+    ):
+        inflate_weights(image_model, video_model)
+    for a, b in zip(before, video_model.get_weights(), strict=True):
+        np.testing.assert_array_equal(a, b)  # conv1, which fits, included
+    other = keras.Sequential([keras.Input((3,)), keras.layers.Dense(2)], name="other")
+    with pytest.raises(
+        ValueError, match=r"`image_model` must have .*Received: image_model='other'"
+    ):
+        inflate_weights(other, video_model)
+
+
+# Insertion
+
+
+def signal_model():
+    inputs = keras.Input((None, 3))
+    x = keras.layers.Conv1D(6, 3, name="first", activation="relu")(inputs)
+    y = keras.layers.Conv1D(6, 3, padding="same", name="second")(x)
+    x = keras.layers.Add(name="sum")([x, y])
+    return keras.Model(inputs, keras.layers.GlobalAveragePooling1D()(x))
+
+
+def volume_model():
+    inputs = keras.Input((4, 6, 6, 2))
+    x = keras.layers.Conv3D(4, 3, padding="same", name="first")(inputs)
+    x = keras.layers.BatchNormalization(name="norm")(x)
+    return keras.Model(inputs, keras.layers.Flatten()(x))
+
+
+def sequential_model():
+    return keras.Sequential(
+        [
+            keras.Input((6, 6, 2)),
+            keras.layers.Conv2D(4, 3, name="first"),
+            keras.layers.Flatten(),
+            keras.layers.Dense(2, name="head"),
+        ],
+        name="mine",
+    )
+
+
+def shared_model():
+    """A layer that is used twice, and two outputs."""
+    shared = keras.layers.Dense(3, name="shared")
+    inputs = [keras.Input((5, 3)), keras.Input((5, 3))]
+    a, b = shared(inputs[0]), shared(inputs[1])
+    a = keras.layers.Conv1D(3, 1, name="first")(a)
+    return keras.Model(inputs, [a, keras.layers.Multiply()([a, b])])
+
+
+INSERTIONS = {
+    "mobilenet": (
+        lambda: keras.applications.MobileNetV2((32, 32, 3), alpha=0.35, weights=None, classes=5),
+        ["block_6_project_BN", "block_9_add"],
+        (32, 32, 3),
+    ),
+    "signal": (signal_model, ["first", "sum"], (9, 3)),
+    "volume": (volume_model, ["norm"], (4, 6, 6, 2)),
+    "sequential": (sequential_model, ["first"], (6, 6, 2)),
+    "shared": (shared_model, ["first"], (5, 3)),
+}
+
+
+@pytest.mark.parametrize("name", INSERTIONS)
+@pytest.mark.filterwarnings("error:The structure of")  # the copy takes what the original took
+def test_insertion(rng, name):
+    make, after, shape = INSERTIONS[name]
+    model = randomise(make())
+    x = rng.normal(size=(2, *shape)).astype("float32")
+    x = [x] * len(model.inputs) if len(model.inputs) > 1 else x
+    expected = [np.asarray(output) for output in keras.tree.flatten(model(x, training=False))]
+    copy = insert_non_local(model, after, pairwise="gaussian")
+    outputs = keras.tree.flatten(copy(x, training=False))
+    for a, b in zip(outputs, expected, strict=True):
+        np.testing.assert_array_equal(a, b)
+    blocks = [layer.name for layer in copy.layers if isinstance(layer, layers._NonLocal)]
+    assert sorted(blocks) == sorted(f"{name}_non_local" for name in after)
+    for layer in blocks:
+        assert copy.get_layer(layer).pairwise == "gaussian"
+        source = copy.get_layer(layer).input._keras_history.operation.name
+        assert f"{source}_non_local" == layer
+    # Independent: training one leaves the other.
+    randomise(copy, seed=1)
+    assert not np.allclose(keras.tree.flatten(copy(x, training=False))[-1], expected[-1])
+    again = keras.tree.flatten(model(x, training=False))
+    for a, b in zip(again, expected, strict=True):
+        np.testing.assert_array_equal(a, b)
+    # The original's names are kept, so its weights can be loaded into the copy by layer.
+    names = {layer.name for layer in copy.layers}
+    inputs = keras.layers.InputLayer  # Keras renames those that nobody named
+    assert {layer.name for layer in model.layers if not isinstance(layer, inputs)} <= names
+
+
+def test_insertion_saves(tmp_path, rng):
+    model = randomise(insert_non_local(signal_model(), ["sum"]))
+    x = rng.normal(size=(2, 9, 3)).astype("float32")
+    model.save(tmp_path / "model.keras")
+    loaded = keras.saving.load_model(tmp_path / "model.keras")
+    np.testing.assert_array_equal(loaded(x), model(x))
+
+
+def test_insertion_after_the_last_layer(rng):
+    inputs = keras.Input((5, 3), name="signal")
+    model = keras.Model(inputs, keras.layers.Conv1D(4, 1, name="last")(inputs))
+    copy = insert_non_local(model, "last")
+    x = rng.normal(size=(2, 5, 3)).astype("float32")
+    np.testing.assert_array_equal(copy(x), model(x))
+    assert [layer.name for layer in copy.layers] == ["signal", "last", "last_non_local"]
+
+
+def test_insertion_of_an_official_block_equals_the_builder(rng):
+    """A C2D without blocks and one inserted is the C2D with one block."""
+    options = {"input_shape": (4, 33, 27, 3), "classes": 5}
+    plain = C2DResNet11(non_local=0, **options)
+    inserted = insert_non_local(plain, "res3_1_out", pool_size=(1, 2, 2), scale="sqrt")
+    built = C2DResNet11(non_local=1, **options)
+    shapes = [weight.shape for weight in built.weights]
+    assert [weight.shape for weight in inserted.weights] == shapes
+    randomise(inserted)
+    built.set_weights(inserted.get_weights())
+    x = rng.normal(size=(2, 4, 33, 27, 3)).astype("float32")
+    assert_close(built(x, training=False), inserted(x, training=False), 1e-6)
+
+
+class Subclassed(keras.Model):
+    def call(self, inputs):
+        return inputs
+
+
+@pytest.mark.parametrize(
+    ("model", "after", "message"),
+    [
+        (
+            signal_model,
+            ["nowhere"],
+            r"`after` must hold .*Received: after=\['nowhere'\], .*'nowhere'",
+        ),
+        (
+            volume_model,
+            ["flatten"],
+            r"`after` must name .*Received: after=\['flatten'\], .*\(None, 576\)",
+        ),
+        (Subclassed, ["first"], r"`model` must be a functional Keras model\. Received: model=<"),
+        (
+            keras.Sequential,
+            ["first"],
+            r"`model` must be a functional Keras model\. Received: model=<",
+        ),
+    ],
+)
+def test_errors_of_insertion(model, after, message):
+    keras.utils.clear_session(free_memory=False)
+    with pytest.raises(ValueError, match=message):
+        insert_non_local(model(), after)
+
+
+def test_errors_of_insertion_name_the_layers_options():
+    with pytest.raises(ValueError, match=r"Received: pairwise='euclid'"):
+        insert_non_local(signal_model(), ["sum"], pairwise="euclid")
+    with pytest.raises(ValueError, match=r"`window` must divide"):
+        insert_non_local(volume_model(), ["norm"], window=(3, None, None))
+
+
+@SLOW
+def test_big_network_runs():
+    """One published network, forward, on the smallest clip."""
+    model = I3DResNet50(input_shape=(2, 32, 32, 3), classes=3, dropout=0.0)
+    scores = model(np.zeros((1, 2, 32, 32, 3), "float32"), training=False)
+    np.testing.assert_allclose(np.sum(scores), 1.0, rtol=1e-5)

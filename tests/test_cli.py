@@ -1,0 +1,338 @@
+"""The command line, in process, on tiny rendered videos: from a folder of classes to a served model."""
+
+import contextlib
+import errno
+import io
+import json
+import re
+import shutil
+import subprocess
+import sys
+import warnings
+from pathlib import Path
+
+import keras
+import numpy as np
+import pytest
+
+from keras_nonlocal import NonLocal3D
+from keras_nonlocal.applications import C2DResNet11, preprocess_input
+from keras_nonlocal.cli import main
+from keras_nonlocal.data import load_views, write_video
+
+ROOT = Path(__file__).resolve().parent.parent
+COLOURS = {"blue": (20, 20, 230), "red": (230, 20, 20)}
+CLIPS = ["--num-frames", "4", "--frame-stride", "1", "--image-size", "32", "--shorter-side", "32", "36"]
+TRAIN = ["--model", "c2d_resnet11", "--non-local", "1", *CLIPS, "--batch-size", "4", "--learning-rate", "0.02"]
+
+
+@pytest.fixture(scope="module")
+def videos(tmp_path_factory):
+    root, rng = tmp_path_factory.mktemp("videos"), np.random.default_rng(0)
+    for name, colour in COLOURS.items():
+        (root / name).mkdir()
+        for number in range(4):
+            frames = np.array(colour) + rng.integers(-20, 20, (6, 32, 40, 3))
+            write_video(root / name / f"{number}.mp4", frames.clip(0, 255).astype("uint8"))
+    return root
+
+
+@pytest.fixture(scope="module")
+def trained(videos, tmp_path_factory):
+    path = tmp_path_factory.mktemp("model") / "colours.keras"
+    printed = io.StringIO()
+    with warnings.catch_warnings(record=True) as caught, contextlib.redirect_stdout(printed):
+        warnings.simplefilter("always")
+        code = main(["train", str(videos), "--out", str(path), *TRAIN, "--epochs", "6"])
+    assert code == 0
+    messages = " ".join(str(warning.message) for warning in caught)
+    assert "ran out of data" not in messages and "shuffle" not in messages
+    assert f"decoded 8 videos\nWrote {path} for 2 classes: blue, red\n" in printed.getvalue()
+    assert "Epoch 6/6" in printed.getvalue()
+    return path
+
+
+@pytest.fixture(scope="module")
+def exported(trained, tmp_path_factory):
+    path = tmp_path_factory.mktemp("export") / "colours" / "1"
+    printed = io.StringIO()
+    with contextlib.redirect_stdout(printed):
+        assert main(["export", str(trained), str(path)]) == 0
+    assert printed.getvalue().splitlines() == [
+        f"Wrote {path} for 2 classes: blue, red",
+        "serving_default: clips uint8 (None, 4, None, None, 3) -> scores float32 (None, 2)",
+    ]
+    return path
+
+
+@pytest.fixture
+def untrained(monkeypatch):
+    """Training takes no time where only what surrounds it is tested."""
+    monkeypatch.setattr(keras.Model, "fit", lambda *args, **kwargs: None)
+
+
+def error_of(capsys, arguments):
+    """The one line that a failing command writes to stderr, its exit code having been checked."""
+    assert main([str(argument) for argument in arguments]) == 2
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 1 and "Traceback" not in lines[0]
+    assert lines[0].startswith("keras-nonlocal: error: ")
+    return lines[0].removeprefix("keras-nonlocal: error: ")
+
+
+def predictions(capsys, arguments):
+    capsys.readouterr()
+    assert main(["predict", "--json", *map(str, arguments)]) == 0
+    return [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+
+
+def test_train_writes_what_the_other_commands_need(trained, videos):
+    assert sorted(path.name for path in trained.parent.iterdir()) == ["colours.keras", "colours.keras.json"]
+    assert json.loads(Path(f"{trained}.json").read_text()) == {
+        "class_names": ["blue", "red"],
+        "num_frames": 4,
+        "frame_stride": 1,
+        "image_size": 32,
+        "shorter_side": [32, 36],
+    }
+    assert keras.saving.load_model(trained).input_shape == (None, 4, None, None, 3)
+
+
+def test_evaluate_prints_and_writes_the_figures(trained, videos, tmp_path, capsys):
+    data = shutil.copytree(videos, tmp_path / "data")
+    (data / "red" / "broken.mp4").write_bytes(b"no video")
+    shutil.copy(data / "red" / "0.mp4", data / "blue" / "wrong.mp4")
+    views = ["--clips", "2", "--crops", "3"]
+    assert main(["evaluate", str(trained), str(data), *views, "--json", str(tmp_path / "f.json")]) == 0
+    printed = capsys.readouterr().out
+    # 8 of 9: Wilson's interval by hand, centre (8/9 + 1.9207/9) / (1 + 3.8415/9), half-width 0.2116.
+    assert "top-1  0.8889  (95 % interval 0.5650 to 0.9801)\ntop-5  1.0000\n" in printed
+    assert "9 videos, 6 views of each; decoded 9 videos; skipped 1 broken file: broken.mp4 (" in printed
+    assert printed.endswith("\nclass  videos   top-1\nblue        5  0.8000\nred         4  1.0000\n")
+    figures = json.loads((tmp_path / "f.json").read_text())
+    assert figures["confusion"] == [[4, 1], [0, 4]]
+    assert figures["per_class"] == [0.8, 1.0]
+    assert (figures["num_videos"], figures["num_views"], figures["top_1"]) == (9, 6, 8 / 9)
+    assert list(figures["broken"]) == [str(data / "red" / "broken.mp4")]
+    assert figures["class_names"] == ["blue", "red"]
+
+
+def test_predict_averages_the_views(trained, videos, capsys):
+    files = [videos / "red" / "0.mp4", videos / "blue" / "3.mp4"]
+    model = keras.saving.load_model(trained)
+    results = predictions(capsys, [trained, *files, "--clips", 3, "--crops", 3, "--batch-size", 4])
+    assert [result["video"] for result in results] == list(map(str, files))
+    assert [result["predictions"][0]["class"] for result in results] == ["red", "blue"]
+    for result, file in zip(results, files, strict=True):
+        # As trained: 4 frames at stride 1, crops as large as the smallest shorter side.
+        views = load_views(file, 4, 1, views=(3, 3), shorter_side=32, image_size=(32, 32))
+        expected = np.mean([model(preprocess_input(view[None]))[0] for view in views], axis=0)
+        scores = {entry["class"]: entry["score"] for entry in result["predictions"]}
+        np.testing.assert_allclose([scores["blue"], scores["red"]], expected, atol=1e-5)
+
+
+def test_predict_prints_the_best_classes(trained, videos, capsys):
+    file = videos / "red" / "1.mp4"
+    (result,) = predictions(capsys, [trained, file])
+    assert main(["predict", str(trained), str(file), "--top-k", "1"]) == 0
+    assert capsys.readouterr().out == f"{file}\n  {result['predictions'][0]['score']:.4f}  red\n"
+
+
+def test_a_saved_model_gives_the_scores_of_the_keras_file(trained, exported, videos, capsys):
+    file = videos / "blue" / "0.mp4"
+    views = ["--clips", 2, "--frame-stride", 1, "--image-size", 32, "--view-sampling", "even"]
+    (expected,) = predictions(capsys, [trained, file, *views])
+    (result,) = predictions(capsys, [exported, file, *views])
+    for a, b in zip(result["predictions"], expected["predictions"], strict=True):
+        assert a["class"] == b["class"] and a["score"] == pytest.approx(b["score"], abs=1e-5)
+    assert expected["predictions"][0]["class"] == "blue"
+
+
+def test_a_saved_model_without_names_is_evaluated(trained, videos, tmp_path, capsys):
+    """Without the settings beside it, options and the model's shape say the rest."""
+    bare = shutil.copy(trained, tmp_path / "bare.keras")
+    assert main(["export", str(bare), str(tmp_path / "1")]) == 0
+    assert f"Wrote {tmp_path / '1'}\n" in capsys.readouterr().out
+    clips = ["--frame-stride", "1", "--image-size", "32"]
+    assert main(["evaluate", str(tmp_path / "1"), str(videos), "--clips", "1", "--crops", "1", *clips]) == 0
+    assert "top-1  1.0000" in capsys.readouterr().out
+    (result,) = predictions(capsys, [tmp_path / "1", videos / "red" / "0.mp4", *clips])
+    assert result["predictions"][0]["class"] == "1"
+
+
+def test_a_broken_video_does_not_stop_the_others(trained, videos, tmp_path, capsys):
+    broken = tmp_path / "broken.mp4"
+    broken.write_bytes(b"no video")
+    good = [str(videos / "red" / "0.mp4"), str(videos / "blue" / "0.mp4")]
+    assert main(["predict", str(trained), good[0], str(broken), "missing.mp4", good[1]]) == 1
+    captured = capsys.readouterr()
+    assert [line for line in captured.out.splitlines() if line.endswith(".mp4")] == good
+    first, second = captured.err.splitlines()
+    assert first.startswith(f"keras-nonlocal: error: Cannot decode {broken}: ")
+    assert second == "keras-nonlocal: error: Cannot decode missing.mp4: No such file or directory"
+
+
+def test_train_continues_from_weights(trained, videos, tmp_path):
+    out = tmp_path / "more.keras"
+    out.write_text("the old one")
+    arguments = [*TRAIN, "--learning-rate", "1e-12", "--weights", str(trained), "--epochs", "1"]
+    arguments += ["--validation-split", "0.25", "--no-flip", "--overwrite"]
+    assert main(["train", str(videos), "--out", str(out), *arguments]) == 0
+    before, after = keras.saving.load_model(trained), keras.saving.load_model(out)
+    for a, b in zip(before.trainable_weights, after.trainable_weights, strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-7)
+
+
+def test_train_builds_the_network_asked_for(videos, tmp_path, untrained):
+    out = tmp_path / "a.keras"
+    options = ["--model", "i3d_resnet11", "--non-local", "1", "--pairwise", "dot_product", *CLIPS]
+    assert main(["train", str(videos), "--out", str(out), *options]) == 0
+    model = keras.saving.load_model(out)
+    assert model.name == "i3d_resnet11" and model.output_shape == (None, 2)
+    assert [layer.pairwise for layer in model.layers if isinstance(layer, NonLocal3D)] == ["dot_product"]
+    assert model.get_layer("conv1").kernel.shape[0] == 5
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "the following arguments are required: COMMAND"),
+        (["train", "@DATA"], "the following arguments are required: --out"),
+        (["train", "@DATA", "--out", "@OUT", "--epochs", "0"], "--epochs: must be a positive integer. Received: '0'"),
+        (["train", "@DATA", "--out", "@OUT", "--learning-rate", "nan"], "--learning-rate: must be a positive number"),
+        (["train", "@DATA", "--out", "a.h5"], "--out must end with .keras. Received: --out a.h5"),
+        (["train", "@DATA", "--out", "missing/a.keras"], "--out must be a file in a folder that can be written to"),
+        (["train", "@DATA", "--out", "@MODEL"], "--out exists; --overwrite replaces it. Received: --out @MODEL"),
+        (["train", "missing", "--out", "@OUT"], "must be an existing directory. Received: directory='missing'"),
+        (["train", "@DATA/red", "--out", "@OUT"], "Expected videos in the sub-directories"),
+        (["train", "@DATA", "--out", "@OUT", *TRAIN, "--num-frames", "1"], "Clips must have at least 2 frames"),
+        (["train", "@DATA", "--out", "@OUT", *TRAIN, "--image-size", "64"], "must not be larger than `shorter_side`"),
+        (["train", "@DATA", "--out", "@OUT", *TRAIN, "--image-size", "4"], "Computed output size would be zero"),
+        (["train", "@DATA", "--out", "@OUT", *TRAIN, "--non-local", "7"], "Received: non_local=7"),
+        (["train", "@DATA", "--out", "@OUT", *TRAIN, "--seed", "-1"], "Seed must be between 0 and 2**32 - 1"),
+        (["train", "@DATA", "--out", "@OUT", *TRAIN, "--validation-split", "2"], "Received: validation_split=2.0"),
+        (["train", "@DATA", "--out", "@OUT", *TRAIN, "--weights", "no.keras"], "Received: weights='no.keras'"),
+        (["train", "@DATA", "--out", "@OUT", *TRAIN, "--weights", "@TEXT"], "cannot load @TEXT: File is not a zip"),
+        (["evaluate", "@MODEL", "missing"], "`directory` must be an existing directory"),
+        (["evaluate", "@MODEL", "@DATA", "--num-frames", "8"], "takes clips of 4 frames. Received: --num-frames 8"),
+        (["evaluate", "@MODEL", "@OTHER"], "of the model, ['blue', 'red']. Received: DATA='@OTHER' with"),
+        (["evaluate", "@BARE", "@OTHER", "--frame-stride", "1", "--image-size", "32"], "those of the model, 2 classes"),
+        (["predict", "@TEXT", "a.mp4"], "cannot load @TEXT: File not found: filepath=@TEXT. Please ensure"),
+        (["predict", "missing.keras", "a.mp4"], "MODEL must be a .keras file or an exported SavedModel"),
+        (["predict", "@DATA", "a.mp4"], "cannot load @DATA: SavedModel file does not exist"),
+        (["predict", "@BARE", "a.mp4"], "model says what --frame-stride and --image-size should be. Give the option"),
+        (["predict", "@MODEL", "@DATA/red/0.mp4", "--image-size", "64"], "must lie within the frame of 32 x 40 pixels"),
+        (["predict", "@MODEL", "@DATA/red/0.mp4", "--image-size", "4"], "of the shape (1, 4, 4, 4, 3): ValueError"),
+        (["predict", "@NAMES", "a.mp4"], "must be 2, as its scores. Received: class_names=['one']"),
+        (["export", "@MODEL", "@DATA"], "`path` must not exist, exports are never overwritten. Received: path='@DATA'"),
+        (["export", "@MODEL", "@OUT", "--class-names", "a,b,c"], "each of the model's 2 scores. Received: 3 names"),
+        (["export", "@IMAGES", "@OUT"], "MODEL must take clips (batch, frames, height, width, 3) and give scores"),
+    ],
+)
+def test_bad_input_is_one_line(arguments, message, trained, videos, tmp_path, capsys):
+    paths = {"DATA": str(videos), "MODEL": str(trained)}
+    paths |= {name: str(tmp_path / name.lower()) for name in ("OUT", "BARE", "TEXT", "OTHER", "NAMES", "IMAGES")}
+    paths |= {name: paths[name] + ".keras" for name in ("OUT", "BARE", "TEXT", "NAMES", "IMAGES")}
+    used = " ".join(arguments)
+    for name in ("a", "b", "c"):
+        shutil.copytree(videos / "red", tmp_path / "other" / name)
+    shutil.copy(trained, paths["BARE"])
+    Path(paths["TEXT"]).write_text("no model")
+    if "NAMES" in used:
+        shutil.copy(trained, paths["NAMES"])
+        settings = json.loads(Path(f"{trained}.json").read_text()) | {"class_names": ["one"]}
+        Path(paths["NAMES"] + ".json").write_text(json.dumps(settings))
+    if "IMAGES" in used:
+        keras.Sequential([keras.Input((4, 4, 3)), keras.layers.Flatten()]).save(paths["IMAGES"])
+    before = sorted(path.name for path in tmp_path.iterdir())
+
+    def filled(text):
+        return re.sub("@([A-Z]+)", lambda match: paths[match[1]], text)
+
+    assert filled(message) in error_of(capsys, [filled(argument) for argument in arguments])
+    assert sorted(path.name for path in tmp_path.iterdir()) == before
+
+
+def test_a_single_class_is_refused(videos, tmp_path, capsys):
+    shutil.copytree(videos / "red", tmp_path / "data" / "red")
+    line = error_of(capsys, ["train", tmp_path / "data", "--out", tmp_path / "a.keras", *TRAIN])
+    assert line == (
+        "a classifier needs at least 2 class folders. "
+        f"Received: DATA='{tmp_path / 'data'}' with ['red']"
+    )
+
+
+@pytest.mark.parametrize("command", ["train", "evaluate"])
+def test_no_decodable_video_is_one_sentence(command, trained, tmp_path, capsys):
+    data = tmp_path / "data"
+    for name in COLOURS:
+        (data / name).mkdir(parents=True)
+        (data / name / f"{name}.mp4").write_bytes(b"no video")
+    arguments = {
+        "train": ["train", data, "--out", tmp_path / "a.keras", *TRAIN, "--non-local", "0"],
+        "evaluate": ["evaluate", trained, data],
+    }
+    line = error_of(capsys, arguments[command])
+    assert re.fullmatch(
+        r"No video could be decoded: decoded 0 videos; skipped 2 broken files: "
+        r"blue\.mp4 \([^()]*\), red\.mp4 \([^()]*\)",
+        line,
+    )
+    assert [path.name for path in tmp_path.iterdir()] == ["data"]
+
+
+def test_a_full_disk_is_one_line_and_leaves_nothing(videos, tmp_path, untrained, monkeypatch, capsys):
+    def save(self, path):
+        Path(path).write_bytes(b"half of a model")
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(keras.Model, "save", save)
+    line = error_of(capsys, ["train", videos, "--out", tmp_path / "a.keras", *TRAIN])
+    assert line == "[Errno 28] No space left on device"
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_interrupted_training_leaves_the_old_model(videos, tmp_path, monkeypatch, capsys):
+    def fit(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(keras.Model, "fit", fit)
+    out = tmp_path / "a.keras"
+    out.write_text("the old one")
+    assert main(["train", str(videos), "--out", str(out), *TRAIN, "--overwrite"]) == 130
+    assert capsys.readouterr().err == "\nkeras-nonlocal: interrupted\n"
+    assert [path.name for path in tmp_path.iterdir()] == ["a.keras"] and out.read_text() == "the old one"
+
+
+def test_a_programming_error_keeps_its_traceback(videos, tmp_path, monkeypatch):
+    def fit(*args, **kwargs):
+        raise ZeroDivisionError
+
+    monkeypatch.setattr(keras.Model, "fit", fit)
+    with pytest.raises(ZeroDivisionError):
+        main(["train", str(videos), "--out", str(tmp_path / "a.keras"), *TRAIN])
+
+
+def test_a_model_of_a_fixed_size_says_its_size(tmp_path, videos, capsys):
+    path = tmp_path / "fixed.keras"
+    C2DResNet11(input_shape=(4, 32, 32, 3), classes=2).save(path)
+    file = videos / "red" / "0.mp4"
+    (result,) = predictions(capsys, [path, file, "--frame-stride", 1])
+    assert sum(entry["score"] for entry in result["predictions"]) == pytest.approx(1, abs=1e-5)
+    line = error_of(capsys, ["predict", path, file, "--frame-stride", 1, "--image-size", 24])
+    assert line == "the model takes frames of 32x32 pixels. Received: --image-size 24"
+
+
+def test_help_names_every_command(capsys):
+    for command in ("train", "evaluate", "predict", "export"):
+        with pytest.raises(SystemExit) as stop:
+            main([command, "--help"])
+        assert stop.value.code == 0
+        assert f"usage: keras-nonlocal {command}" in capsys.readouterr().out
+
+
+def test_the_module_runs_as_a_program():
+    command = [sys.executable, "-m", "keras_nonlocal.cli", "--help"]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert result.returncode == 0
+    assert all(name in result.stdout for name in ("train", "evaluate", "predict", "export"))
