@@ -14,7 +14,6 @@ import re
 import sys
 import tempfile
 import warnings
-import zipfile
 
 # Before TensorFlow starts: its notes on the machine would bury what the commands print.
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
@@ -87,15 +86,12 @@ def _train(args):
         options = {} if args.non_local is None else {"non_local": args.non_local}
         if args.pairwise:
             options["non_local_options"] = {"pairwise": args.pairwise}
-        try:
-            model = getattr(applications, MODELS[args.model])(
-                input_shape=(args.num_frames, None, None, 3),  # other sizes may be tested than trained on
-                classes=len(class_names),
-                weights=args.weights,
-                **options,
-            )
-        except (OSError, zipfile.BadZipFile) as error:  # which do not name the file
-            raise _BadInput(f"cannot load {args.weights}: {error}") from error
+        model = getattr(applications, MODELS[args.model])(
+            input_shape=(args.num_frames, None, None, 3),  # other sizes may be tested than trained on
+            classes=len(class_names),
+            weights=args.weights,
+            **options,
+        )
         # Symbolically, before any video is read: a crop may be too small for the network.
         model.compute_output_shape((None, args.num_frames, args.image_size, args.image_size, 3))
 

@@ -82,10 +82,8 @@ def evaluate_views(model, dataset, preprocess_input=None, view_batch_size=8, ver
     1.0
     """
     if not isinstance(view_batch_size, int) or view_batch_size < 1:
-        raise ValueError(
-            f"`view_batch_size` must be a positive integer. Received: view_batch_size={view_batch_size!r}"
-        )
-    progress = None if verbose == 0 else keras.utils.Progbar(None, unit_name="video")
+        raise ValueError(f"`view_batch_size` must be a positive integer. Received: view_batch_size={view_batch_size!r}")
+    progress = None if verbose == 0 else keras.utils.Progbar(None, interval=1.0, unit_name="video")
     all_scores, all_labels, num_views = [], [], None
     for views, labels in dataset:
         views, labels = np.asarray(views), np.asarray(labels)

@@ -50,9 +50,7 @@ class _NonLocal(keras.layers.Layer):
         nonlocal_ops.get_scale(scale, 1)
         nonlocal_ops.chunk_size(query_chunk_size, None, None)
         if normalization not in ("batch", None):
-            raise ValueError(
-                f'`normalization` must be "batch" or `None`. Received: normalization={normalization!r}'
-            )
+            raise ValueError(f'`normalization` must be "batch" or `None`. Received: normalization={normalization!r}')
         self.pairwise = pairwise
         self.inner_channels = inner_channels
         self.pool_size = self._sizes("pool_size", pool_size)
@@ -63,8 +61,7 @@ class _NonLocal(keras.layers.Layer):
         self.data_format = keras.config.image_data_format() if data_format is None else data_format
         if self.data_format not in ("channels_last", "channels_first"):
             raise ValueError(
-                '`data_format` must be "channels_last" or "channels_first". '
-                f"Received: data_format={data_format!r}"
+                f'`data_format` must be "channels_last" or "channels_first". Received: data_format={data_format!r}'
             )
         self.kernel_initializer = keras.initializers.get(kernel_initializer)
         self.bias_initializer = keras.initializers.get(bias_initializer)
@@ -88,9 +85,7 @@ class _NonLocal(keras.layers.Layer):
                 regularizer=self.kernel_regularizer,
             )
         identity = self.normalization is None  # something must be 0 for the block to start as identity
-        self.out = self._projection(
-            channels, inner_channels, "out", kernel_initializer="zeros" if identity else None
-        )
+        self.out = self._projection(channels, inner_channels, "out", kernel_initializer="zeros" if identity else None)
         if self.normalization == "batch":
             self.norm = keras.layers.BatchNormalization(
                 momentum=0.9,
@@ -316,8 +311,7 @@ class _NonLocal(keras.layers.Layer):
         mask = ops.cast(mask, "bool")
         expected = tuple(x.shape[:-1])
         fits = 2 <= len(mask.shape) <= len(expected) and all(
-            m is None or size is None or m == size
-            for m, size in zip(mask.shape, expected, strict=False)
+            m is None or size is None or m == size for m, size in zip(mask.shape, expected, strict=False)
         )
         if not fits:
             raise ValueError(
@@ -424,8 +418,8 @@ _ARGUMENTS = """
             `"concatenation"`. See `keras_nonlocal.ops.non_local`.
         inner_channels: Channels of θ, φ and g. `None`: half of the input's channels, at least 1.
         pool_size: Sub-sampling of the keys: x is max-pooled by this size, with the same stride and without padding,
-            before φ and g; θ is never pooled and the output keeps its size. An integer, {rank} integer(s), or `None` for
-            no sub-sampling.
+            before φ and g; θ is never pooled and the output keeps its size. An integer, {rank} integer(s), or `None`
+            for no sub-sampling.
         window: Per dimension the size of the window inside which positions attend to each other, or `None` for all
             of that dimension. `None`: one window, the whole map.{windows}
         scale: Factor on the scores before the softmax: `None` for 1 (the paper), `"sqrt"` for

@@ -69,9 +69,7 @@ PAIRWISE = {
 def get_pairwise(pairwise):
     """Returns the row of `PAIRWISE` with the name `pairwise`, or raises a `ValueError`."""
     if pairwise not in PAIRWISE:
-        raise ValueError(
-            f"`pairwise` must be one of {', '.join(map(repr, PAIRWISE))}. Received: pairwise={pairwise!r}"
-        )
+        raise ValueError(f"`pairwise` must be one of {', '.join(map(repr, PAIRWISE))}. Received: pairwise={pairwise!r}")
     return PAIRWISE[pairwise]
 
 
@@ -86,9 +84,7 @@ def get_scale(scale, channels):
     raise ValueError(f'`scale` must be `None`, "sqrt" or a number. Received: scale={scale!r}')
 
 
-def attention_weights(
-    theta, phi, pairwise="embedded_gaussian", *, score_kernel=None, scale=None, mask=None
-):
+def attention_weights(theta, phi, pairwise="embedded_gaussian", *, score_kernel=None, scale=None, mask=None):
     """Normalised weights f(x_i, x_j) / C(x) of every query over every key, in float32.
 
     Args:
@@ -192,9 +188,7 @@ def non_local(
     arguments = (theta, phi, g) if score_kernel is None else (theta, phi, g, score_kernel)
 
     def attend(theta, phi, g, score_kernel=None):
-        weights = attention_weights(
-            theta, phi, pairwise, score_kernel=score_kernel, scale=scale, mask=mask
-        )
+        weights = attention_weights(theta, phi, pairwise, score_kernel=score_kernel, scale=scale, mask=mask)
         return ops.matmul(ops.cast(weights, g.dtype), g)  # B N D
 
     if chunk is None:

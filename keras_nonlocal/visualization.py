@@ -51,12 +51,8 @@ def attention_map(model, clip, position, layer_name=None, preprocess_input=_prep
     """
     clip = np.asarray(clip)
     if clip.ndim != 4:
-        raise ValueError(
-            f"`clip` must have the shape (frames, height, width, 3). Received: clip.shape={clip.shape}"
-        )
-    inside = len(position) == 3 and all(
-        0 <= p < size for p, size in zip(position, clip.shape[:3], strict=True)
-    )
+        raise ValueError(f"`clip` must have the shape (frames, height, width, 3). Received: clip.shape={clip.shape}")
+    inside = len(position) == 3 and all(0 <= p < size for p, size in zip(position, clip.shape[:3], strict=True))
     if not inside:
         raise ValueError(
             f"`position` must be a frame, a row and a column (t, y, x) inside of {clip.shape[:3]}. "

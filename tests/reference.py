@@ -74,9 +74,7 @@ def full_mask(mask, x):
     if mask is None:
         return np.ones(positions, bool)
     mask = np.asarray(mask, bool)
-    return np.broadcast_to(
-        mask.reshape(mask.shape + (1,) * (len(positions) - mask.ndim)), positions
-    )
+    return np.broadcast_to(mask.reshape(mask.shape + (1,) * (len(positions) - mask.ndim)), positions)
 
 
 def dense(x, weights):
@@ -92,9 +90,7 @@ def batch_norm(x, weights, epsilon=1e-5):
 
 def _windows(sizes, window):
     """Every window's number per dimension, and its slices."""
-    window = [
-        s if w is None else w for s, w in zip(sizes, window or [None] * len(sizes), strict=True)
-    ]
+    window = [s if w is None else w for s, w in zip(sizes, window or [None] * len(sizes), strict=True)]
     for number in np.ndindex(*[s // w for s, w in zip(sizes, window, strict=True)]):
         yield number, tuple(slice(n * w, n * w + w) for n, w in zip(number, window, strict=True))
 
@@ -107,9 +103,7 @@ def _window_attention(x, mask, weights, pairwise, pool_size, scale):
     keys = keys.reshape(len(x), -1, x.shape[-1])
     theta = dense(queries, weights["theta"]) if "theta" in weights else queries
     phi = dense(keys, weights["phi"]) if "phi" in weights else keys
-    f = attention(
-        theta, phi, pairwise, weights.get("score_kernel"), scale, valid.reshape(len(x), -1)
-    )
+    f = attention(theta, phi, pairwise, weights.get("score_kernel"), scale, valid.reshape(len(x), -1))
     return f, dense(keys, weights["g"]), key_sizes
 
 
@@ -131,9 +125,7 @@ def block(x, weights, pairwise, pool_size=None, window=None, scale=None, mask=No
     return z + x
 
 
-def block_attention(
-    x, queries, weights, pairwise, pool_size=None, window=None, scale=None, mask=None
-):
+def block_attention(x, queries, weights, pairwise, pool_size=None, window=None, scale=None, mask=None):
     """f / C of the chosen positions, over the whole map of keys: `(B, Q, *key_map)`."""
     x = np.float64(x)
     mask = full_mask(mask, x)
@@ -166,9 +158,7 @@ def conv3d(x, kernel, strides):
     sizes = [(n - k) // s + 1 for n, k, s in zip(x.shape[1:4], taps, strides, strict=True)]
     result = np.zeros((len(x), *sizes, kernel.shape[-1]))
     for tap in np.ndindex(*taps):
-        part = [
-            slice(t, t + (n - 1) * s + 1, s) for t, n, s in zip(tap, sizes, strides, strict=True)
-        ]
+        part = [slice(t, t + (n - 1) * s + 1, s) for t, n, s in zip(tap, sizes, strides, strict=True)]
         result += x[(slice(None), *part)] @ kernel[tap]
     return result
 
@@ -229,7 +219,5 @@ def resnet11(x, weights, inflated, temporal_strides=(1, 1, 2)):
     y = relu(conv(y, "res3_1_branch2b", one, (1, 3, 3)))
     y = conv(y, "res3_1_branch2c", one, one)
     x = relu(x + y)
-    x = block(
-        x, weights["nonlocal_conv3_1"], "embedded_gaussian", pool_size=(1, 2, 2), scale="sqrt"
-    )
+    x = block(x, weights["nonlocal_conv3_1"], "embedded_gaussian", pool_size=(1, 2, 2), scale="sqrt")
     return softmax(dense(x.mean((1, 2, 3)), weights["pred"]))

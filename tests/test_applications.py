@@ -129,9 +129,7 @@ def test_non_local_blocks_stand_after_their_residual_block(size, name):
         assert names[names.index(f"nonlocal_conv{position}") - 1] == f"res{position}_out"
 
 
-@pytest.mark.parametrize(
-    ("name", "blocks"), [("I3DResNet50", (3, 4, 6, 3)), ("I3DResNet101", (3, 4, 23, 3))]
-)
+@pytest.mark.parametrize(("name", "blocks"), [("I3DResNet50", (3, 4, 6, 3)), ("I3DResNet101", (3, 4, 23, 3))])
 def test_inflated_kernels(name, blocks):
     printed = {2: [1, 1, 1], 3: [1, 0] * 2, 4: ([1, 0] * 12)[: blocks[2]], 5: [0, 1, 0]}
     weights = of(name, non_local=5)["weights"]
@@ -199,9 +197,7 @@ def test_folded_convolution(rng, options):
     ours.set_weights(plain.get_weights())
     kernel = np.asarray(plain.kernel)
     for layer in (plain, ours):
-        layer.compare = with_gradients(
-            lambda x, k, layer=layer: layer.convolution_op(x, k), x, kernel
-        )
+        layer.compare = with_gradients(lambda x, k, layer=layer: layer.convolution_op(x, k), x, kernel)
     for a, b in zip(ours.compare, plain.compare, strict=True):
         assert_close(a, b)
     assert_close(ours(x), plain(x))
@@ -244,8 +240,7 @@ def test_frames_are_folded(rng):
 
 def twin_weights(model):
     return {
-        layer.name: layer_weights(layer) if "nonlocal" in layer.name else layer.get_weights()
-        for layer in model.layers
+        layer.name: layer_weights(layer) if "nonlocal" in layer.name else layer.get_weights() for layer in model.layers
     }
 
 
@@ -254,9 +249,7 @@ def twin_weights(model):
 def test_forward_by_hand(rng, builder, temporal_strides):
     frames = 9 if temporal_strides == (2, 2, 2) else 4
     x = rng.normal(size=(2, frames, 33, 27, 3)).astype("float32")
-    model = builder(
-        input_shape=x.shape[1:], classes=6, non_local=1, temporal_strides=temporal_strides
-    )
+    model = builder(input_shape=x.shape[1:], classes=6, non_local=1, temporal_strides=temporal_strides)
     randomise(model)
     expected = reference.resnet11(x, twin_weights(model), builder is I3DResNet11, temporal_strides)
     assert expected.std(0).max() > 1e-3  # the samples differ
@@ -375,9 +368,7 @@ def test_channels_first():
 
 
 def test_public_builders_have_the_signature_of_keras_applications():
-    start = (
-        "include_top weights input_tensor input_shape pooling classes classifier_activation name"
-    )
+    start = "include_top weights input_tensor input_shape pooling classes classifier_activation name"
     for name in applications.__all__:
         if "ResNet" in name:
             parameters = list(inspect.signature(getattr(applications, name)).parameters)
@@ -504,16 +495,12 @@ def test_errors_of_inflation():
     x = keras.layers.Conv3D(4, 3, name="conv1")(inputs)
     video_model = keras.Model(inputs, keras.layers.Conv3D(4, 3, name="conv2")(x))
     before = video_model.get_weights()
-    with pytest.raises(
-        ValueError, match=r"The layer 'conv2' needs .*\(3, 3, 3, 4, 4\).*Received: \[\(5, 5, 4, 4\)"
-    ):
+    with pytest.raises(ValueError, match=r"The layer 'conv2' needs .*\(3, 3, 3, 4, 4\).*Received: \[\(5, 5, 4, 4\)"):
         inflate_weights(image_model, video_model)
     for a, b in zip(before, video_model.get_weights(), strict=True):
         np.testing.assert_array_equal(a, b)  # conv1, which fits, included
     other = keras.Sequential([keras.Input((3,)), keras.layers.Dense(2)], name="other")
-    with pytest.raises(
-        ValueError, match=r"`image_model` must have .*Received: image_model='other'"
-    ):
+    with pytest.raises(ValueError, match=r"`image_model` must have .*Received: image_model='other'"):
         inflate_weights(other, video_model)
 
 

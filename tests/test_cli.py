@@ -256,10 +256,7 @@ def test_bad_input_is_one_line(arguments, message, trained, videos, tmp_path, ca
 def test_a_single_class_is_refused(videos, tmp_path, capsys):
     shutil.copytree(videos / "red", tmp_path / "data" / "red")
     line = error_of(capsys, ["train", tmp_path / "data", "--out", tmp_path / "a.keras", *TRAIN])
-    assert line == (
-        "a classifier needs at least 2 class folders. "
-        f"Received: DATA='{tmp_path / 'data'}' with ['red']"
-    )
+    assert line == (f"a classifier needs at least 2 class folders. Received: DATA='{tmp_path / 'data'}' with ['red']")
 
 
 @pytest.mark.parametrize("command", ["train", "evaluate"])

@@ -253,12 +253,8 @@ def test_odd_sizes(tmp_path):
 
 @pytest.mark.parametrize("options", [{"g": "12"}, {"g": "12", "bf": "0"}, {"g": "600"}])
 @pytest.mark.parametrize("whole_packets", [9, 25, 58])
-@pytest.mark.parametrize(
-    "extension, container_options", [("mp4", {"movflags": "faststart"}), ("mkv", {}), ("avi", {})]
-)
-def test_a_cut_off_file_is_a_shorter_video(
-    tmp_path, options, whole_packets, extension, container_options
-):
+@pytest.mark.parametrize("extension, container_options", [("mp4", {"movflags": "faststart"}), ("mkv", {}), ("avi", {})])
+def test_a_cut_off_file_is_a_shorter_video(tmp_path, options, whole_packets, extension, container_options):
     path = tmp_path / f"a.{extension}"
     encode(path, numbered_frames(60), options=options, container_options=container_options)
     position, size = packet_places(path)[whole_packets]
@@ -310,9 +306,7 @@ def test_names_that_are_no_files(tmp_path, name):
         VideoReader(path)
 
 
-@pytest.mark.parametrize(
-    "indices", [[], [-1], [10], [0.5], [[1]], 3], ids=["none", "low", "high", "float", "2d", "0d"]
-)
+@pytest.mark.parametrize("indices", [[], [-1], [10], [0.5], [[1]], 3], ids=["none", "low", "high", "float", "2d", "0d"])
 def test_indices_guard(tmp_path, indices):
     write_video(tmp_path / "a.mp4", numbered_frames(10))
     with VideoReader(tmp_path / "a.mp4") as video:

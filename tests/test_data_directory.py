@@ -144,9 +144,7 @@ def test_what_is_printed(levels, capsys):
 
 def test_deterministic_for_a_seed_however_parallel(folder):
     def epochs(seed, num_parallel_calls):
-        dataset = video_dataset_from_directory(
-            folder, seed=seed, num_parallel_calls=num_parallel_calls, **SMALL
-        )
+        dataset = video_dataset_from_directory(folder, seed=seed, num_parallel_calls=num_parallel_calls, **SMALL)
         return [collect(dataset) for _ in range(2)]
 
     first, again, other = epochs(1, 1), epochs(1, 8), epochs(2, 8)
@@ -209,9 +207,7 @@ def test_views_of_wide_and_tall_and_real_videos(tmp_path, sampling, views, short
 def test_a_video_is_opened_once_for_all_views(folder, monkeypatch):
     opened = []
     open_file = av.open
-    monkeypatch.setattr(
-        av, "open", lambda *args, **kw: opened.append(args) or open_file(*args, **kw)
-    )
+    monkeypatch.setattr(av, "open", lambda *args, **kw: opened.append(args) or open_file(*args, **kw))
     views = load_views(folder / "run" / "0.mp4", 4, 2, (5, 3), 32, (32, 32))
     assert views.shape == (15, 4, 32, 32, 3) and len(opened) == 1
 
@@ -270,9 +266,7 @@ def test_no_good_clip_is_lost_and_each_broken_one_reported_once(partly_broken, c
             assert sorted(shown) == good
             assert labels.tolist() == [level % 2 for level in shown]
     assert dataset.report.num_good == 20
-    assert sorted(int(os.path.basename(path)[:2]) for path in dataset.report.broken) == sorted(
-        broken
-    )
+    assert sorted(int(os.path.basename(path)[:2]) for path in dataset.report.broken) == sorted(broken)
     messages = [record.getMessage() for record in caplog.records]
     assert len(messages) == 20
     for path, message in dataset.report.broken.items():
@@ -299,9 +293,7 @@ def test_all_broken_is_an_error_in_every_pass(tmp_path):
         break_file(tmp_path / "a" / f"{how}.mp4")
     dataset = video_dataset_from_directory(tmp_path, **SMALL)
     for _ in range(2):
-        with pytest.raises(
-            tf.errors.InvalidArgumentError, match="No video could be decoded: "
-        ) as e:
+        with pytest.raises(tf.errors.InvalidArgumentError, match="No video could be decoded: ") as e:
             list(dataset)
         assert "decoded 0 videos; skipped 5 broken files: audio_only.mp4 (" in str(e.value)
     with pytest.raises(VideoError):
@@ -328,9 +320,7 @@ def test_repeat_and_take_and_fit(partly_broken):
     dataset = video_dataset_from_directory(folder, batch_size=4, **SMALL)
     assert sum(1 for _ in dataset.repeat(2)) == 10
     assert sum(1 for _ in dataset.take(2)) == 2
-    model = keras.Sequential(
-        [keras.layers.Rescaling(1 / 255), keras.layers.Flatten(), keras.layers.Dense(2)]
-    )
+    model = keras.Sequential([keras.layers.Rescaling(1 / 255), keras.layers.Flatten(), keras.layers.Dense(2)])
     loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
     model.compile("sgd", loss)
     history = model.fit(dataset, epochs=2, verbose=0)

@@ -87,9 +87,7 @@ def test_block(rng, cls, setting, pairwise, masked):
     x = make_inputs(rng, cls)
     mask = make_mask(rng, cls) if masked else None
     layer = make_layer(cls, pairwise=pairwise, **setting)
-    expected = reference.block(
-        x, layer_weights(layer), pairwise, mask=mask, **as_twin(cls, setting)
-    )
+    expected = reference.block(x, layer_weights(layer), pairwise, mask=mask, **as_twin(cls, setting))
     assert np.abs(expected - x).max() > 0.1  # something happened
     assert_close(layer(x, mask=mask), expected)
 
@@ -107,9 +105,7 @@ def test_block(rng, cls, setting, pairwise, masked):
 def test_block_options(rng, options):
     x = make_inputs(rng, NonLocal3D)
     layer = make_layer(NonLocal3D, **options)
-    expected = reference.block(
-        x, layer_weights(layer), "embedded_gaussian", **as_twin(NonLocal3D, options)
-    )
+    expected = reference.block(x, layer_weights(layer), "embedded_gaussian", **as_twin(NonLocal3D, options))
     assert_close(layer(x), expected)
 
 
@@ -155,9 +151,7 @@ def test_initializers():
 
 
 def test_regularizer(rng):
-    layer = make_layer(
-        NonLocal1D, pairwise="concatenation", kernel_regularizer=keras.regularizers.L2(0.5)
-    )
+    layer = make_layer(NonLocal1D, pairwise="concatenation", kernel_regularizer=keras.regularizers.L2(0.5))
     layer(make_inputs(rng, NonLocal1D))
     kernels = [layer.theta.kernel, layer.phi.kernel, layer.g.kernel, layer.out.kernel]
     kernels.append(layer.score_kernel)
@@ -238,9 +232,7 @@ def all_queries(cls):
     return np.array(list(np.ndindex(*SHAPES[cls][1:-1])))
 
 
-@pytest.mark.parametrize(
-    ("pairwise", "masked"), [(p, p in ("gaussian", "dot_product")) for p in PAIRWISE]
-)
+@pytest.mark.parametrize(("pairwise", "masked"), [(p, p in ("gaussian", "dot_product")) for p in PAIRWISE])
 @pytest.mark.parametrize(("cls", "setting"), CASES, ids=CASE_IDS)
 def test_attention(rng, cls, setting, pairwise, masked):
     x = make_inputs(rng, cls)
@@ -248,9 +240,7 @@ def test_attention(rng, cls, setting, pairwise, masked):
     queries = rng.permutation(all_queries(cls))[:5]
     layer = make_layer(cls, pairwise=pairwise, **setting)
     weights = layer_weights(layer)
-    expected = reference.block_attention(
-        x, queries, weights, pairwise, mask=mask, **as_twin(cls, setting)
-    )
+    expected = reference.block_attention(x, queries, weights, pairwise, mask=mask, **as_twin(cls, setting))
     assert_close(layer.attention(x, queries, mask=mask), expected)
 
 
@@ -264,10 +254,7 @@ def test_attention_makes_the_outputs(rng, cls, setting, pairwise):
     a = a.reshape(*a.shape[:2], -1)
     # g of the pooled map: windows of sizes that the pooling divides give the pooled map of all.
     options = as_twin(cls, setting)
-    sizes = [
-        s if w is None else w
-        for s, w in zip(x.shape[1:-1], layer.window or (None,) * 9, strict=False)
-    ]
+    sizes = [s if w is None else w for s, w in zip(x.shape[1:-1], layer.window or (None,) * 9, strict=False)]
     pool_size = options.get("pool_size", (1,) * cls.rank)
     parts = x
     for axis, (size, p) in enumerate(zip(sizes, pool_size, strict=True), start=1):

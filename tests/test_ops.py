@@ -47,9 +47,7 @@ def test_forward(rng, pairwise, sizes, masked, query_chunk_size):
     arguments = make_arguments(rng, pairwise, *sizes)
     mask = make_mask(rng, 2, sizes[1]) if masked else None
     expected = reference.non_local(**arguments, pairwise=pairwise, mask=mask)
-    y = knl_ops.non_local(
-        **arguments, pairwise=pairwise, mask=mask, query_chunk_size=query_chunk_size
-    )
+    y = knl_ops.non_local(**arguments, pairwise=pairwise, mask=mask, query_chunk_size=query_chunk_size)
     assert_close(y, expected, 1e-5)
     if masked:
         assert not np.any(y[-1])  # no valid key
@@ -278,9 +276,7 @@ def test_any_shape(pairwise, sizes, query_chunk_size, masked, seed):
     rng = np.random.default_rng(seed)
     arguments = make_arguments(rng, pairwise, num_queries, num_keys, batch, channels, values)
     mask = rng.random((batch, num_keys)) < 0.5 if masked else None
-    y = knl_ops.non_local(
-        **arguments, pairwise=pairwise, mask=mask, query_chunk_size=query_chunk_size
-    )
+    y = knl_ops.non_local(**arguments, pairwise=pairwise, mask=mask, query_chunk_size=query_chunk_size)
     expected = reference.non_local(**arguments, pairwise=pairwise, mask=mask)
     assert_close(y, expected, 2e-5)
 
@@ -322,9 +318,7 @@ def test_chunks_bound_the_scores(rng):
 
         graph = (
             tf.function(step)
-            .get_concrete_function(
-                *[tf.TensorSpec((1, n, 4)) for n in (num_queries, num_keys, num_keys)]
-            )
+            .get_concrete_function(*[tf.TensorSpec((1, n, 4)) for n in (num_queries, num_keys, num_keys)])
             .graph
         )
         graphs, shapes = [graph], []

@@ -30,9 +30,7 @@ def read_numbers(frames):
 def grey_frames(num_frames, height=48, width=64):
     """Frames of one grey each, 4 n + 20, which survives resizing, cropping and flipping."""
     level = 20 + 4 * np.arange(num_frames)
-    return np.broadcast_to(level[:, None, None, None], (num_frames, height, width, 3)).astype(
-        "uint8"
-    )
+    return np.broadcast_to(level[:, None, None, None], (num_frames, height, width, 3)).astype("uint8")
 
 
 def read_greys(frames):

@@ -1,7 +1,7 @@
 """3-D convolution and pooling of single frames, computed in 2-D.
 
-Same weights, names and results as the Keras layers that they subclass. A kernel of `(1, k, k)` sees one frame at a time,
-so the frames can be folded into the batch: faster than a 3-D kernel on CPUs, and the only form that LiteRT runs.
+Same weights, names and results as the Keras layers that they subclass. A kernel of `(1, k, k)` sees one frame at a
+time, so the frames can be folded into the batch: faster than a 3-D kernel on CPUs, and the only form that LiteRT runs.
 
 Shape letters: B batch, T time, H height, W width, C channels.
 """

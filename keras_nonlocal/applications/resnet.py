@@ -8,6 +8,7 @@ Shape letters: B batch, T time, H height, W width, C channels.
 
 import dataclasses
 import os
+import zipfile
 
 import keras
 import numpy as np
@@ -28,15 +29,19 @@ class Arrangement:
         blocks: Residual blocks of res2, res3, res4, res5.
         width: Channels of the first convolution; stage `s` has `width * 2 ** (s - 2)` in its bottlenecks.
         non_local: Number of non-local blocks → {stage: indices of the residual blocks after which they stand}.
+        default_non_local: The number that a builder takes by default.
+        remark: What its documentation adds to the title.
     """
 
     blocks: tuple
     width: int
     non_local: dict
+    default_non_local: int = 5
+    remark: str = ""
 
 
 ARRANGEMENTS = {
-    "11": Arrangement((1, 2), 16, {1: {3: (1,)}, 2: {3: (0, 1)}}),
+    "11": Arrangement((1, 2), 16, {1: {3: (1,)}, 2: {3: (0, 1)}}, 2, ", small: for CPUs, examples and tests"),
     "50": Arrangement(
         (3, 4, 6, 3),
         64,
@@ -136,9 +141,7 @@ def build_resnet(
     if inflation not in ("3x1x1", "3x3x3"):
         raise ValueError(f'`inflation` must be "3x1x1" or "3x3x3". Received: inflation={inflation!r}')
     if pool1_padding not in ("valid", "same"):
-        raise ValueError(
-            f'`pool1_padding` must be "valid" or "same". Received: pool1_padding={pool1_padding!r}'
-        )
+        raise ValueError(f'`pool1_padding` must be "valid" or "same". Received: pool1_padding={pool1_padding!r}')
     if pooling not in (None, "avg", "max"):
         raise ValueError(f'`pooling` must be `None`, "avg" or "max". Received: pooling={pooling!r}')
     if len(temporal_strides) != 3:
@@ -214,12 +217,16 @@ def _load_weights(model, weights):
     path = os.fspath(weights)
     if not path.endswith((".weights.h5", ".keras")):
         raise ValueError(
-            "`weights` must be `None` or the path of a `.weights.h5` or `.keras` file. "
-            f"Received: weights={weights!r}"
+            f"`weights` must be `None` or the path of a `.weights.h5` or `.keras` file. Received: weights={weights!r}"
         )
     if not os.path.exists(path):
         raise ValueError(f"The file that `weights` names does not exist. Received: weights={weights!r}")
-    model.load_weights(path)
+    try:
+        model.load_weights(path)
+    except (OSError, zipfile.BadZipFile) as error:  # which do not name the file
+        raise ValueError(
+            f"`weights` must be a file that Keras wrote ({error}). Received: weights={weights!r}"
+        ) from error
 
 
 def _channel_axis():
@@ -246,9 +253,7 @@ def _conv(x, channels, kernel_size, strides, name):
 
 
 def _norm(x, name):
-    return keras.layers.BatchNormalization(
-        axis=_channel_axis(), momentum=0.9, epsilon=1e-5, name=name
-    )(x)
+    return keras.layers.BatchNormalization(axis=_channel_axis(), momentum=0.9, epsilon=1e-5, name=name)(x)
 
 
 def _bottleneck(x, width, kernels, stride, project, name):
@@ -308,186 +313,51 @@ _DOCUMENTATION = """{title}
     """
 
 
-def _documented(title, numbers):
-    def decorate(function):
-        function.__doc__ = _DOCUMENTATION.format(
-            title=title, numbers=numbers, function=function.__name__
+def _network(depth, inflated):
+    """The public function for one row of `ARRANGEMENTS`, as C2D or as I3D."""
+    arrangement = ARRANGEMENTS[depth]
+    family = "I3D" if inflated else "C2D"
+    default_name = f"{family.lower()}_resnet{depth}"
+
+    def build(
+        include_top=True,
+        weights=None,
+        input_tensor=None,
+        input_shape=None,
+        pooling=None,
+        classes=400,
+        classifier_activation="softmax",
+        name=default_name,
+        non_local=arrangement.default_non_local,
+        **options,
+    ):
+        return build_resnet(
+            arrangement,
+            inflated,
+            include_top,
+            weights,
+            input_tensor,
+            input_shape,
+            pooling,
+            classes,
+            classifier_activation,
+            name,
+            non_local,
+            **options,
         )
-        return function
 
-    return decorate
-
-
-@_documented("2-D ResNet-11 with non-local blocks, narrow and shallow: a small network for CPUs, examples and tests.", "0, 1 or 2")
-def C2DResNet11(
-    include_top=True,
-    weights=None,
-    input_tensor=None,
-    input_shape=None,
-    pooling=None,
-    classes=400,
-    classifier_activation="softmax",
-    name="c2d_resnet11",
-    non_local=2,
-    **options,
-):
-    return build_resnet(
-        ARRANGEMENTS["11"],
-        False,
-        include_top,
-        weights,
-        input_tensor,
-        input_shape,
-        pooling,
-        classes,
-        classifier_activation,
-        name,
-        non_local,
-        **options,
+    build.__name__ = build.__qualname__ = f"{family}ResNet{depth}"
+    build.__doc__ = _DOCUMENTATION.format(
+        title=f"{'Inflated 3-D' if inflated else '2-D'} ResNet-{depth} with non-local blocks{arrangement.remark}.",
+        numbers=", ".join(map(str, (0, *arrangement.non_local))),
+        function=build.__name__,
     )
+    return build
 
 
-@_documented("Inflated 3-D ResNet-11 with non-local blocks, narrow and shallow: a small network for CPUs, examples and tests.", "0, 1 or 2")
-def I3DResNet11(
-    include_top=True,
-    weights=None,
-    input_tensor=None,
-    input_shape=None,
-    pooling=None,
-    classes=400,
-    classifier_activation="softmax",
-    name="i3d_resnet11",
-    non_local=2,
-    **options,
-):
-    return build_resnet(
-        ARRANGEMENTS["11"],
-        True,
-        include_top,
-        weights,
-        input_tensor,
-        input_shape,
-        pooling,
-        classes,
-        classifier_activation,
-        name,
-        non_local,
-        **options,
-    )
-
-
-@_documented("2-D ResNet-50 with non-local blocks.", "0, 1, 5 or 10")
-def C2DResNet50(
-    include_top=True,
-    weights=None,
-    input_tensor=None,
-    input_shape=None,
-    pooling=None,
-    classes=400,
-    classifier_activation="softmax",
-    name="c2d_resnet50",
-    non_local=5,
-    **options,
-):
-    return build_resnet(
-        ARRANGEMENTS["50"],
-        False,
-        include_top,
-        weights,
-        input_tensor,
-        input_shape,
-        pooling,
-        classes,
-        classifier_activation,
-        name,
-        non_local,
-        **options,
-    )
-
-
-@_documented("Inflated 3-D ResNet-50 with non-local blocks.", "0, 1, 5 or 10")
-def I3DResNet50(
-    include_top=True,
-    weights=None,
-    input_tensor=None,
-    input_shape=None,
-    pooling=None,
-    classes=400,
-    classifier_activation="softmax",
-    name="i3d_resnet50",
-    non_local=5,
-    **options,
-):
-    return build_resnet(
-        ARRANGEMENTS["50"],
-        True,
-        include_top,
-        weights,
-        input_tensor,
-        input_shape,
-        pooling,
-        classes,
-        classifier_activation,
-        name,
-        non_local,
-        **options,
-    )
-
-
-@_documented("2-D ResNet-101 with non-local blocks.", "0, 1, 5 or 10")
-def C2DResNet101(
-    include_top=True,
-    weights=None,
-    input_tensor=None,
-    input_shape=None,
-    pooling=None,
-    classes=400,
-    classifier_activation="softmax",
-    name="c2d_resnet101",
-    non_local=5,
-    **options,
-):
-    return build_resnet(
-        ARRANGEMENTS["101"],
-        False,
-        include_top,
-        weights,
-        input_tensor,
-        input_shape,
-        pooling,
-        classes,
-        classifier_activation,
-        name,
-        non_local,
-        **options,
-    )
-
-
-@_documented("Inflated 3-D ResNet-101 with non-local blocks.", "0, 1, 5 or 10")
-def I3DResNet101(
-    include_top=True,
-    weights=None,
-    input_tensor=None,
-    input_shape=None,
-    pooling=None,
-    classes=400,
-    classifier_activation="softmax",
-    name="i3d_resnet101",
-    non_local=5,
-    **options,
-):
-    return build_resnet(
-        ARRANGEMENTS["101"],
-        True,
-        include_top,
-        weights,
-        input_tensor,
-        input_shape,
-        pooling,
-        classes,
-        classifier_activation,
-        name,
-        non_local,
-        **options,
-    )
-
+C2DResNet11 = _network("11", inflated=False)
+C2DResNet50 = _network("50", inflated=False)
+C2DResNet101 = _network("101", inflated=False)
+I3DResNet11 = _network("11", inflated=True)
+I3DResNet50 = _network("50", inflated=True)
+I3DResNet101 = _network("101", inflated=True)

@@ -91,8 +91,8 @@ def inflate_weights(image_model, video_model):
         video_model: The network to fill, in place.
 
     Returns:
-        The names of the layers of `video_model` that have weights and were not filled: those that `image_model` does not
-        have, such as the non-local blocks, and a head with another number of classes.
+        The names of the layers of `video_model` that have weights and were not filled: those that `image_model`
+        does not have, such as the non-local blocks, and a head with another number of classes.
 
     Raises:
         ValueError: if a layer of the same name has weights of other shapes (the head excepted), or no layer matches.
@@ -116,10 +116,7 @@ def inflate_weights(image_model, video_model):
             not_filled.append(layer.name)
             continue
         source, shapes = sources[layer.name], [tuple(weight.shape) for weight in layer.weights]
-        values = [
-            _inflate(value, shape)
-            for value, shape in zip(source.get_weights(), shapes, strict=False)
-        ]
+        values = [_inflate(value, shape) for value, shape in zip(source.get_weights(), shapes, strict=False)]
         if len(source.weights) == len(shapes) and all(value is not None for value in values):
             planned.append((layer, values))
         elif layer is head and isinstance(layer, keras.layers.Dense):

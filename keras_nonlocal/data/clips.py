@@ -9,9 +9,7 @@ from .decode import VideoReader
 from .sampling import random_crop_offset, training_indices, view_crop_offsets, view_indices
 
 
-def load_training_clip(
-    path, num_frames, frame_stride, shorter_side, image_size, horizontal_flip, rng
-):
+def load_training_clip(path, num_frames, frame_stride, shorter_side, image_size, horizontal_flip, rng):
     """Loads a random clip: the training recipe of the paper (section 4.1).
 
     Args:

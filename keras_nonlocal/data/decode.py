@@ -82,6 +82,7 @@ class VideoReader:
         self.close()
 
     def close(self):
+        """Closes the file. Closing twice is fine."""
         if self._container is not None:
             self._container.close()
             self._container = None
@@ -130,9 +131,7 @@ class VideoReader:
 
     def _index(self):
         packets = [
-            (packet.pts, packet.is_keyframe)
-            for packet in self._packets()
-            if packet and _is_shown(packet, self._stream)
+            (packet.pts, packet.is_keyframe) for packet in self._packets() if packet and _is_shown(packet, self._stream)
         ]
         pts = [time for time, _ in packets]
         time_base = self._stream.time_base
@@ -184,9 +183,7 @@ class VideoReader:
                 f"Received: indices={indices.tolist()}"
             )
         if shorter_side is not None and shorter_side < 1:
-            raise ValueError(
-                f"`shorter_side` must be at least 1 or None. Received: shorter_side={shorter_side}"
-            )
+            raise ValueError(f"`shorter_side` must be at least 1 or None. Received: shorter_side={shorter_side}")
         unique, inverse = np.unique(indices, return_inverse=True)
         to_rgb = _FrameConverter(shorter_side)
         images = {}
@@ -309,10 +306,7 @@ def write_video(path, frames, fps=30, codec="libx264", options=None):
             f"Received: frames of shape {frames.shape} and dtype {frames.dtype}"
         )
     if frames.shape[1] % 2 or frames.shape[2] % 2:
-        raise ValueError(
-            "The height and width of a video must be even. "
-            f"Received: frames of shape {frames.shape}"
-        )
+        raise ValueError(f"The height and width of a video must be even. Received: frames of shape {frames.shape}")
     path = os.fspath(path)
     folder, name = os.path.split(path)
     partial = os.path.join(folder, f".{uuid.uuid4().hex}.{name}")

@@ -42,10 +42,12 @@ class DecodeReport:
             return dict(self._broken)
 
     def add_good(self, path):
+        """Notes that the video at `path` was decoded."""
         with self._lock:
             self._good.add(path)
 
     def add_broken(self, path, message):
+        """Notes that the video at `path` is broken, and logs it the first time."""
         with self._lock:
             is_new = path not in self._broken
             self._broken[path] = message
@@ -176,20 +178,17 @@ def video_dataset_from_directory(
     """
     if labels not in ("inferred", None) and not isinstance(labels, (list, tuple)):
         raise ValueError(
-            '`labels` must be "inferred", None or a list of integers, one for each video. '
-            f"Received: labels={labels!r}"
+            f'`labels` must be "inferred", None or a list of integers, one for each video. Received: labels={labels!r}'
         )
     if label_mode not in ("int", "categorical", "binary", None):
         raise ValueError(
-            '`label_mode` must be "int", "categorical", "binary" or None. '
-            f"Received: label_mode={label_mode!r}"
+            f'`label_mode` must be "int", "categorical", "binary" or None. Received: label_mode={label_mode!r}'
         )
     if labels is None or label_mode is None:
         labels = label_mode = None
     if class_names is not None and labels != "inferred":
         raise ValueError(
-            '`class_names` can only be passed with `labels="inferred"`. '
-            f"Received: class_names={class_names}"
+            f'`class_names` can only be passed with `labels="inferred"`. Received: class_names={class_names}'
         )
     if on_error not in ("skip", "raise"):
         raise ValueError(f'`on_error` must be "skip" or "raise". Received: on_error={on_error!r}')
@@ -210,9 +209,7 @@ def video_dataset_from_directory(
         classes = "" if labels is None else f" belonging to {len(class_names)} classes"
         print(f"Found {len(paths)} files{classes}.")
     if label_mode == "binary" and len(class_names) != 2:
-        raise ValueError(
-            f'`label_mode="binary"` needs exactly 2 classes. Received: class_names={class_names}'
-        )
+        raise ValueError(f'`label_mode="binary"` needs exactly 2 classes. Received: class_names={class_names}')
     encoded = _encode_labels(labels, label_mode, class_names)
 
     def build(chosen, shuffle):
@@ -240,8 +237,7 @@ def video_dataset_from_directory(
     for name, chosen in split.items():
         if not len(chosen):
             raise ValueError(
-                f"The {name} subset of {len(paths)} videos is empty. "
-                f"Received: validation_split={validation_split}"
+                f"The {name} subset of {len(paths)} videos is empty. Received: validation_split={validation_split}"
             )
     if subset == "both":
         return build(split["training"], shuffle), build(split["validation"], False)
@@ -259,29 +255,19 @@ def _is_positive_integer(value):
 
 
 def _is_pair(value):
-    return (
-        isinstance(value, (tuple, list))
-        and len(value) == 2
-        and all(map(_is_positive_integer, value))
-    )
+    return isinstance(value, (tuple, list)) and len(value) == 2 and all(map(_is_positive_integer, value))
 
 
 def _check_split(validation_split, subset, seed):
     if validation_split is None:
         if subset is not None:
-            raise ValueError(
-                f"`subset` can only be passed with `validation_split`. Received: subset={subset!r}"
-            )
+            raise ValueError(f"`subset` can only be passed with `validation_split`. Received: subset={subset!r}")
         return
     if not 0 < validation_split < 1:
-        raise ValueError(
-            "`validation_split` must be between 0 and 1. "
-            f"Received: validation_split={validation_split}"
-        )
+        raise ValueError(f"`validation_split` must be between 0 and 1. Received: validation_split={validation_split}")
     if subset not in ("training", "validation", "both"):
         raise ValueError(
-            '`subset` must be "training", "validation" or "both" with `validation_split`. '
-            f"Received: subset={subset!r}"
+            f'`subset` must be "training", "validation" or "both" with `validation_split`. Received: subset={subset!r}'
         )
     if seed is None and subset != "both":
         raise ValueError(
@@ -290,9 +276,7 @@ def _check_split(validation_split, subset, seed):
         )
 
 
-def _clip_loader(
-    num_frames, frame_stride, image_size, shorter_side, horizontal_flip, views, view_sampling
-):
+def _clip_loader(num_frames, frame_stride, image_size, shorter_side, horizontal_flip, views, view_sampling):
     """Checks the arguments; returns `load(path, seed) -> clip` and the clip's shape."""
     if image_size is None:
         image_size = (224, 224) if views is None else (256, 256)
@@ -300,8 +284,7 @@ def _clip_loader(
         image_size = (image_size, image_size)
     if not _is_pair(image_size):
         raise ValueError(
-            "`image_size` must be a positive integer or a pair (height, width). "
-            f"Received: image_size={image_size!r}"
+            f"`image_size` must be a positive integer or a pair (height, width). Received: image_size={image_size!r}"
         )
     if shorter_side is None:
         shorter_side = (256, 320) if views is None else 256
@@ -314,15 +297,10 @@ def _clip_loader(
             )
     else:
         if not _is_pair(views):
-            raise ValueError(
-                f"`views` must be None or a pair (num_clips, num_crops). Received: views={views!r}"
-            )
+            raise ValueError(f"`views` must be None or a pair (num_clips, num_crops). Received: views={views!r}")
         check_sampling(view_sampling, "view_sampling")
         if horizontal_flip:
-            raise ValueError(
-                "`views` are never flipped. "
-                f"Received: horizontal_flip={horizontal_flip}, views={views}"
-            )
+            raise ValueError(f"`views` are never flipped. Received: horizontal_flip={horizontal_flip}, views={views}")
         if not _is_positive_integer(shorter_side):
             raise ValueError(
                 "`shorter_side` must be a positive integer with `views`. "
@@ -339,9 +317,7 @@ def _clip_loader(
     if views is not None:
 
         def load(path, seed):
-            return load_views(
-                path, num_frames, frame_stride, views, shorter_side, image_size, view_sampling
-            )
+            return load_views(path, num_frames, frame_stride, views, shorter_side, image_size, view_sampling)
 
         return load, (views[0] * views[1], *clip_shape)
 
@@ -358,15 +334,11 @@ def _index_directory(directory, labels, class_names, follow_links):
     """Returns the sorted paths, their integer labels or None, and the class names or None."""
     directory = os.fspath(directory)
     if not os.path.isdir(directory):
-        raise ValueError(
-            f"`directory` must be an existing directory. Received: directory={directory!r}"
-        )
+        raise ValueError(f"`directory` must be an existing directory. Received: directory={directory!r}")
     found = []
     if labels == "inferred":
         folders = sorted(
-            entry.name
-            for entry in os.scandir(directory)
-            if entry.is_dir() and not entry.name.startswith(".")
+            entry.name for entry in os.scandir(directory) if entry.is_dir() and not entry.name.startswith(".")
         )
         if class_names is not None and not set(class_names) <= set(folders):
             raise ValueError(
@@ -493,8 +465,6 @@ def _drop_broken(dataset, clip_shape, report):
         return any_good | is_good, (clip, index, is_good)
 
     # One more element ends each pass: it is never good, so it is dropped as a broken file is.
-    end = tf.data.Dataset.range(1).map(
-        lambda _: (tf.zeros(clip_shape, tf.uint8), tf.constant(-1, tf.int64), False)
-    )
+    end = tf.data.Dataset.range(1).map(lambda _: (tf.zeros(clip_shape, tf.uint8), tf.constant(-1, tf.int64), False))
     dataset = dataset.concatenate(end).scan(tf.constant(False), remember_good)
     return dataset.filter(lambda clip, index, is_good: is_good)

@@ -103,10 +103,9 @@ def view_indices(num_video_frames, num_frames, frame_stride, num_clips, sampling
 
 
 def check_sampling(sampling, name="sampling"):
+    """Raises a `ValueError` unless `sampling` is a row of `VIEW_SAMPLERS`."""
     if sampling not in VIEW_SAMPLERS:
-        raise ValueError(
-            f"`{name}` must be one of {sorted(VIEW_SAMPLERS)}. Received: {name}={sampling!r}"
-        )
+        raise ValueError(f"`{name}` must be one of {sorted(VIEW_SAMPLERS)}. Received: {name}={sampling!r}")
 
 
 def _evenly_spaced(span, count):
@@ -118,8 +117,7 @@ def _crop_spans(height, width, size):
     spans = height - size[0], width - size[1]
     if min(spans) < 0:
         raise ValueError(
-            f"The crop must lie within the frame of {height} x {width} pixels. "
-            f"Received: size={tuple(size)}"
+            f"The crop must lie within the frame of {height} x {width} pixels. Received: size={tuple(size)}"
         )
     return spans
 
