@@ -132,9 +132,13 @@ def make_dataset(root, size):
     if marker.exists() and json.loads(marker.read_text()) == wanted:
         print(f"Using the data set in {root}.")
         return
+    started = root / "started-by-quickstart"
     for part in ("images", "clips"):
+        if (root / part).exists() and not started.exists():
+            raise SystemExit(f"{root / part} exists and is not the quickstart's. Give another folder by --data.")
         shutil.rmtree(root / part, ignore_errors=True)
     marker.unlink(missing_ok=True)
+    started.touch()
     glyphs, classes, train, test = load_glyphs()
 
     def write_image(path, seed, pool):
@@ -328,9 +332,7 @@ np.save(sys.argv[3], loaded.signatures["serving_default"](clips=clips)["scores"]
 
 def export_and_check(model, names, root, out):
     """Exports the model, scores clips with it in a process that has neither Keras nor this package; the difference."""
-    version = out / "saved_model" / "1"
-    if version.exists():
-        shutil.rmtree(version)
+    version = out / "saved_model" / str(1 + len(list((out / "saved_model").glob("*"))))  # exports are never replaced
     export.export_saved_model(model, version, class_names=names)
     paths = [sorted((root / "clips" / "test" / name).glob("*.mp4"))[0] for name in names]
     clips = np.concatenate(
@@ -388,7 +390,7 @@ def main(argv=None):
     tf.get_logger().setLevel("ERROR")  # five networks are five graphs; TensorFlow warns of "retracing"
     size = QUICK if arguments.quick else FULL
     root = pathlib.Path(arguments.data + ("-quick" if arguments.quick else "")).resolve()
-    out = pathlib.Path(arguments.out).resolve()
+    out = pathlib.Path(arguments.out + ("-quick" if arguments.quick else "")).resolve()
     root.mkdir(parents=True, exist_ok=True)
     out.mkdir(parents=True, exist_ok=True)
     keras.utils.set_random_seed(arguments.seed)
@@ -434,6 +436,7 @@ def main(argv=None):
     results["export_difference"] = export_and_check(chosen, names, root, out)
 
     results["seconds"] = round(time.perf_counter() - started)
+    results["processor_seconds"] = round(time.process_time())  # over all cores; what a busy machine does not change
     versions = {"keras": keras.__version__, "tensorflow": tf.__version__, "python": platform.python_version()}
     results["versions"] = versions
     (out / "results.json").write_text(json.dumps(results, indent=2) + "\n")

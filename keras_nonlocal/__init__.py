@@ -1,7 +1,8 @@
 """Non-local Neural Networks for Keras 3.
 
-The layers are here; the other rooms (`applications`, `data`, `evaluation`, `export`, `visualization`) are imported when
-they are first used, so that a user of a layer does not load TensorFlow or a video decoder.
+The layers are here, so that importing the package registers them with Keras; the other rooms (`applications`, `data`,
+`evaluation`, `export`, `visualization`) are imported when they are first used, so that a user of a layer loads no video
+decoder.
 """
 
 import importlib

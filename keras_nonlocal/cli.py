@@ -15,18 +15,10 @@ import sys
 import tempfile
 import warnings
 
-# Before TensorFlow starts: its notes on the machine would bury what the commands print.
-os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+from keras_nonlocal.applications.resnet import NETWORKS
+from keras_nonlocal.data.sampling import VIEW_SAMPLERS
+from keras_nonlocal.ops import PAIRWISE
 
-MODELS = {
-    "i3d_resnet50": "I3DResNet50",
-    "i3d_resnet101": "I3DResNet101",
-    "i3d_resnet11": "I3DResNet11",
-    "c2d_resnet50": "C2DResNet50",
-    "c2d_resnet101": "C2DResNet101",
-    "c2d_resnet11": "C2DResNet11",
-}
-PAIRWISE = ("gaussian", "embedded_gaussian", "dot_product", "concatenation")
 # What `train` writes beside the model, so that the other commands prepare clips as it did.
 SETTINGS = ("class_names", "num_frames", "frame_stride", "image_size", "shorter_side")
 
@@ -38,7 +30,8 @@ def main(argv=None):
         argv: List of strings, the arguments. `None`: those of the process.
 
     Returns:
-        The exit code: 0 for success, 1 where some of the videos failed, 2 for bad arguments or data, 130 after Ctrl-C.
+        The exit code: 0 for success, 1 where `predict` had to leave out a video, 2 for bad arguments or data, 130 after
+        Ctrl-C.
     """
     try:
         args = _parser().parse_args(argv)
@@ -51,7 +44,7 @@ def main(argv=None):
         return 130
 
 
-# Commands. TensorFlow and Keras are imported inside, so that `--help` need not wait for them.
+# Commands
 
 
 def _train(args):
@@ -86,7 +79,7 @@ def _train(args):
         options = {} if args.non_local is None else {"non_local": args.non_local}
         if args.pairwise:
             options["non_local_options"] = {"pairwise": args.pairwise}
-        model = getattr(applications, MODELS[args.model])(
+        model = NETWORKS[args.model](
             input_shape=(args.num_frames, None, None, 3),  # other sizes may be tested than trained on
             classes=len(class_names),
             weights=args.weights,
@@ -114,6 +107,8 @@ def _train(args):
             model.save(scratch)
             _write_text(_settings_path(out), json.dumps(settings, indent=2) + "\n")
     print(report.summary())
+    if validation is not None:
+        print(f"validation: {validation.report.summary()}")
     print(f"Wrote {out} for {len(class_names)} classes: {', '.join(class_names)}")
     return 0
 
@@ -128,13 +123,15 @@ def _evaluate(args):
     views = clips.pop("views")
     with _reported_as_bad_input():
         dataset = video_dataset_from_directory(
-            args.data, batch_size=max(args.batch_size // math.prod(views), 1), views=views, **clips
+            args.data,
+            class_names=classifier.class_names,  # in the order of the scores; a folder that is missing is an error
+            batch_size=max(args.batch_size // math.prod(views), 1),
+            views=views,
+            **clips,
         )
-        names = classifier.class_names
-        if len(dataset.class_names) != classifier.num_classes or names not in (None, dataset.class_names):
-            expected = f"{names}" if names else f"{classifier.num_classes} classes"
+        if len(dataset.class_names) != classifier.num_classes:
             raise _BadInput(
-                f"the class folders must be those of the model, {expected}. "
+                f"the class folders must be those of the model, {classifier.num_classes} classes. "
                 f"Received: DATA={args.data!r} with {dataset.class_names}"
             )
         result = evaluate_views(classifier, dataset, view_batch_size=args.batch_size)
@@ -422,7 +419,7 @@ def _parser():
     train.add_argument("data", metavar="DATA", help=data_help)
     train.add_argument("--out", required=True, metavar="MODEL.keras", help="file to write")
     train.add_argument("--overwrite", action="store_true", help="replace --out if it exists")
-    train.add_argument("--model", choices=MODELS, default="i3d_resnet50", help="network (default: %(default)s)")
+    train.add_argument("--model", choices=NETWORKS, default="i3d_resnet50", help="network (default: %(default)s)")
     train.add_argument("--non-local", type=int, metavar="N", help="non-local blocks (default: the network's)")
     train.add_argument("--pairwise", choices=PAIRWISE, help="pairwise function (default: embedded_gaussian)")
     train.add_argument("--weights", metavar="PATH", help="weights to start from, .keras or .weights.h5")
@@ -508,7 +505,7 @@ def _views(parser, clips, crops):
     )
     parser.add_argument(
         "--view-sampling",
-        choices=("recipe", "even"),
+        choices=VIEW_SAMPLERS,
         default="recipe",
         help="where the clips start: as in the authors' release, or evenly spread (default: %(default)s)",
     )

@@ -108,7 +108,7 @@ def evaluate_views(model, dataset, preprocess_input=None, view_batch_size=8, ver
         if scores.ndim != 2:
             raise ValueError(
                 "`model` must give one score per class, of the shape (batch, classes). "
-                f"Received: scores of the shape {scores.shape}"
+                f"Received: scores.shape={scores.shape}"
             )
         all_scores.append(scores.reshape(batch, num_views, -1).mean(axis=1))  # B K
         all_labels.append(labels)
@@ -129,7 +129,7 @@ def summarize(scores, labels, num_views=1):
     if labels.min() < 0 or labels.max() >= num_classes:
         raise ValueError(
             f"Labels must be classes of the model, 0 to {num_classes - 1}. "
-            f"Received: labels from {labels.min()} to {labels.max()}"
+            f"Received: labels.min()={labels.min()}, labels.max()={labels.max()}"
         )
     predicted = scores.argmax(axis=1)
     right = int((predicted == labels).sum())

@@ -59,13 +59,12 @@ def export_saved_model(model, path, class_names=None, preprocess_input=_preproce
     if len(model.inputs) != 1 or len(model.inputs[0].shape) != 5:
         shapes = [tuple(tensor.shape) for tensor in model.inputs]
         raise ValueError(
-            "`model` must take one tensor of clips, (batch, frames, height, width, 3). "
-            f"Received: inputs of the shapes {shapes}"
+            f"`model` must take one tensor of clips, (batch, frames, height, width, 3). Received: model.inputs={shapes}"
         )
     if class_names is not None and len(class_names) != model.output_shape[-1]:
         raise ValueError(
             f"`class_names` must have a name for each of the model's {model.output_shape[-1]} scores. "
-            f"Received: {len(class_names)} names"
+            f"Received: class_names={list(class_names)}"
         )
 
     @tf.function(

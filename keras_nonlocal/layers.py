@@ -81,7 +81,7 @@ class _NonLocal(keras.layers.Layer):
             self.score_kernel = self.add_weight(
                 name="score_kernel",
                 shape=(2 * inner_channels, 1),
-                initializer=_fresh(self.kernel_initializer),
+                initializer=_fresh(self.kernel_initializer, "score_kernel"),
                 regularizer=self.kernel_regularizer,
             )
         identity = self.normalization is None  # something must be 0 for the block to start as identity
@@ -93,6 +93,7 @@ class _NonLocal(keras.layers.Layer):
                 gamma_initializer="zeros",
                 name="norm",
                 dtype=self.dtype_policy,
+                trainable=self.trainable,
             )
             self.norm.build((None,) + positions + (channels,))
         axis = 1 if self.data_format == "channels_first" else -1
@@ -283,11 +284,12 @@ class _NonLocal(keras.layers.Layer):
         # A 1×1×1 convolution is a dense layer on the channels, which needs no convolution kernel anywhere.
         dense = keras.layers.Dense(
             units,
-            kernel_initializer=_fresh(kernel_initializer or self.kernel_initializer),
-            bias_initializer=_fresh(self.bias_initializer),
+            kernel_initializer=_fresh(kernel_initializer or self.kernel_initializer, name),
+            bias_initializer=_fresh(self.bias_initializer, name),
             kernel_regularizer=self.kernel_regularizer,
             name=name,
             dtype=self.dtype_policy,
+            trainable=self.trainable,  # Keras passes on what is set later, but not what was set before `build`
         )
         dense.build((None, None, channels))
         return dense
@@ -345,10 +347,16 @@ def _is_size(value):
     return isinstance(value, int) and not isinstance(value, bool) and value >= 1
 
 
-def _fresh(initializer):
-    # One initializer object gives the same values at every call: θ, φ and g must not start equal.
+def _fresh(initializer, name):
+    """A copy for the weights of that name: one initializer gives the same values at every call, and so does one seed,
+    but θ, φ and g must not start equal."""
     initializer = keras.initializers.get(initializer)
-    return initializer.__class__.from_config(initializer.get_config())
+    if not isinstance(initializer, keras.initializers.Initializer):
+        return initializer  # a function: its values are its own affair
+    config = initializer.get_config()
+    if isinstance(config.get("seed"), int):
+        config["seed"] += ("theta", "phi", "g", "score_kernel", "out").index(name)
+    return type(initializer).from_config(config)
 
 
 def _ravel(columns, sizes):

@@ -68,7 +68,7 @@ PAIRWISE = {
 
 def get_pairwise(pairwise):
     """Returns the row of `PAIRWISE` with the name `pairwise`, or raises a `ValueError`."""
-    if pairwise not in PAIRWISE:
+    if not isinstance(pairwise, str) or pairwise not in PAIRWISE:
         raise ValueError(f"`pairwise` must be one of {', '.join(map(repr, PAIRWISE))}. Received: pairwise={pairwise!r}")
     return PAIRWISE[pairwise]
 
@@ -108,6 +108,7 @@ def attention_weights(theta, phi, pairwise="embedded_gaussian", *, score_kernel=
     [0.25, 0.25, 0.25, 0.25]
     """
     function = get_pairwise(pairwise)
+    _check_score_kernel(function, score_kernel, theta.shape[-1])
     factor = get_scale(scale, theta.shape[-1])
     key_mask = None if mask is None else ops.expand_dims(mask, 1)  # B 1 M
     if function.softmax:
@@ -178,6 +179,7 @@ def non_local(
     (2, 6, 4)
     """
     function = get_pairwise(pairwise)
+    _check_score_kernel(function, score_kernel, theta.shape[-1])
     num_queries, num_keys = theta.shape[1], phi.shape[1]
     if function.reassociate and _is_cheaper(num_queries, num_keys, phi.shape[-1], g.shape[-1]):
         return _reassociated(function, theta, phi, g, mask)
@@ -189,11 +191,27 @@ def non_local(
 
     def attend(theta, phi, g, score_kernel=None):
         weights = attention_weights(theta, phi, pairwise, score_kernel=score_kernel, scale=scale, mask=mask)
-        return ops.matmul(ops.cast(weights, g.dtype), g)  # B N D
+        if function.softmax:
+            return ops.matmul(ops.cast(weights, g.dtype), g)  # B N D
+        root = _root(phi)
+        y = ops.matmul(ops.cast(weights * root, g.dtype), g)
+        return y * ops.cast(1.0 / root, g.dtype)
 
     if chunk is None:
         return attend(*arguments)
     return _in_chunks(attend, chunk, *arguments)
+
+
+def _check_score_kernel(function, score_kernel, channels):
+    expected = (2 * channels, 1) if function.has_score_kernel else None
+    received = None if score_kernel is None else tuple(score_kernel.shape)
+    if received != expected:
+        raise ValueError(
+            f"`score_kernel` must be a tensor of the shape {expected} with this pairwise function. "
+            f"Received: score_kernel.shape={received}"
+            if expected
+            else f"Only the concatenation form has a `score_kernel`. Received: score_kernel.shape={received}"
+        )
 
 
 def _softmax(scores):
@@ -215,12 +233,17 @@ def _is_cheaper(num_queries, num_keys, channels, value_channels):
 
 
 def _reassociated(function, theta, phi, g, mask):
-    # 1/C goes into g first: the sum over many keys then stays in range in float16.
-    if mask is None:
-        num_keys = ops.cast(ops.shape(phi)[1], "float32")
-        return function.reassociate(theta, phi, g * ops.cast(1.0 / num_keys, g.dtype))
-    values = ops.where(mask[:, :, None], g, ops.zeros_like(g))
-    return function.reassociate(theta, phi, values * ops.cast(1.0 / _num_valid(mask), g.dtype))
+    root = _root(phi)
+    if mask is not None:
+        g = ops.where(mask[:, :, None], g, ops.zeros_like(g))
+    y = function.reassociate(theta, phi, g * ops.cast(1.0 / root, g.dtype))
+    return y * ops.cast(1.0 / root if mask is None else root / _num_valid(mask), g.dtype)
+
+
+def _root(phi):
+    # √M. 1/M at once underflows in float16 for large maps, and a sum over M keys overflows: half of it goes before the
+    # sum, half behind.
+    return ops.sqrt(ops.cast(ops.shape(phi)[1], "float32"))
 
 
 def chunk_size(query_chunk_size, num_queries, num_keys):
@@ -228,11 +251,9 @@ def chunk_size(query_chunk_size, num_queries, num_keys):
     if query_chunk_size is None:
         return None
     if query_chunk_size == "auto":
-        if num_queries is None or num_keys is None:
-            return 1024
-        if num_queries * num_keys <= AUTO_MAX_SCORES:
+        if num_queries is not None and num_keys is not None and num_queries * num_keys <= AUTO_MAX_SCORES:
             return None
-        return max(AUTO_MAX_SCORES // 4 // num_keys, 32)
+        return 1024 if num_keys is None else max(AUTO_MAX_SCORES // 4 // num_keys, 32)
     if isinstance(query_chunk_size, bool) or not isinstance(query_chunk_size, int) or query_chunk_size < 1:
         raise ValueError(
             '`query_chunk_size` must be `None`, "auto" or a positive integer. '
@@ -246,7 +267,9 @@ def chunk_size(query_chunk_size, num_queries, num_keys):
 def _in_chunks(attend, chunk, theta, *keys):
     """`attend(theta, *keys)`, `chunk` queries at a time, recomputed in the backward pass."""
     batch, num_queries, channels = ops.shape(theta)
-    if not isinstance(num_queries, int):
+    if isinstance(num_queries, int):
+        chunk = max(min(num_queries, chunk), 1)
+    else:
         chunk = ops.maximum(ops.minimum(num_queries, chunk), 1)
     num_chunks = (num_queries + chunk - 1) // chunk
     padding = ops.zeros((batch, num_chunks * chunk - num_queries, channels), dtype=theta.dtype)

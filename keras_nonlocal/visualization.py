@@ -75,6 +75,9 @@ def attention_map(model, clip, position, layer_name=None, preprocess_input=_prep
 def attention_in_pixels(weights, clip_shape):
     """Enlarges a key map to the clip: `(T", H", W")` to `(T, H, W)`, each pixel with the weight of its key.
 
+    The keys are spread evenly over the clip. Where sub-sampling cuts off a last row of the map, that is off by less
+    than the size of one key.
+
     Args:
         weights: Array of shape `(T", H", W")`.
         clip_shape: `(T, H, W)`, or the shape of the clip.
@@ -112,10 +115,16 @@ def draw_attention(clip, weights, position, path, max_frames=8, frame_height=160
         The picture, as a `PIL.Image.Image`.
 
     Raises:
+        ValueError: if `clip` or `weights` has another rank.
         ImportError: if `colormap` is given and Matplotlib is not installed.
     """
-    clip = np.asarray(clip, "uint8")
-    heat = attention_in_pixels(np.asarray(weights, "float32"), clip.shape)  # T H W
+    clip, weights = np.asarray(clip, "uint8"), np.asarray(weights, "float32")
+    if clip.ndim != 4 or weights.ndim != 3:
+        raise ValueError(
+            "`clip` must have the shape (frames, height, width, 3) and `weights` be what `attention_map` returned. "
+            f"Received: clip.shape={clip.shape}, weights.shape={weights.shape}"
+        )
+    heat = attention_in_pixels(weights, clip.shape)  # T H W
     heat = heat / max(float(np.abs(heat).max()), 1e-12)
     colours = _colours(heat, colormap)  # T H W 3 in 0..1
     strength = np.abs(heat)[..., None]

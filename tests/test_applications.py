@@ -662,3 +662,27 @@ def test_big_network_runs():
     model = I3DResNet50(input_shape=(2, 32, 32, 3), classes=3, dropout=0.0)
     scores = model(np.zeros((1, 2, 32, 32, 3), "float32"), training=False)
     np.testing.assert_allclose(np.sum(scores), 1.0, rtol=1e-5)
+
+
+def test_insert_after_a_shared_layer_shares_the_block():
+    inputs = [keras.Input((4, 6)), keras.Input((4, 6))]
+    shared = keras.layers.Dense(3, name="shared")
+    model = keras.Model(inputs, keras.layers.Add()([shared(x) for x in inputs]))
+    copy = applications.insert_non_local(model, after="shared")
+    assert [layer.name for layer in copy.layers].count("shared_non_local") == 1
+    x = [np.random.default_rng(i).normal(size=(2, 4, 6)).astype("float32") for i in (0, 1)]
+    np.testing.assert_array_equal(copy(x), model(x))
+
+
+def test_insert_after_an_input_is_refused():
+    inputs = keras.Input((4, 6), name="signal")
+    model = keras.Model(inputs, keras.layers.Dense(3)(inputs))
+    with pytest.raises(ValueError, match=r"'signal' is none. Received: after=\['signal'\]"):
+        applications.insert_non_local(model, after=["signal"])
+
+
+def test_short_clip_in_input_tensor():
+    with pytest.raises(ValueError, match=r"at least 2 frames.*Received: input_shape=\(1, 64, 64, 3\)"):
+        applications.C2DResNet11(input_tensor=keras.Input((1, 64, 64, 3)))
+    with pytest.raises(ValueError, match="must be a Keras tensor. Received: input_tensor=3"):
+        applications.C2DResNet11(input_tensor=3)

@@ -417,3 +417,21 @@ def test_defaults_are_the_recipe(levels):
     assert clips.shape.as_list() == [None, 8, 224, 224, 3]
     clips, _ = video_dataset_from_directory(levels, views=(10, 3), verbose=False).element_spec
     assert clips.shape.as_list() == [None, 30, 8, 256, 256, 3]
+
+
+def test_given_labels_follow_the_paths_through_sub_folders(tmp_path):
+    write_video(tmp_path / "z.mp4", np.zeros((2, 16, 16, 3), "uint8"))
+    (tmp_path / "a").mkdir()
+    write_video(tmp_path / "a" / "x.mp4", np.zeros((2, 16, 16, 3), "uint8"))
+    dataset = video_dataset_from_directory(
+        tmp_path,
+        labels=[7, 8],
+        num_frames=1,
+        frame_stride=1,
+        image_size=16,
+        shorter_side=16,
+        shuffle=False,
+        verbose=False,
+    )
+    assert [path.removeprefix(str(tmp_path)) for path in dataset.file_paths] == ["/a/x.mp4", "/z.mp4"]
+    assert [labels.numpy().tolist() for _, labels in dataset] == [[7, 8]]

@@ -3,14 +3,20 @@
 import doctest
 import importlib
 import inspect
+import pathlib
 import pkgutil
+import re
+import shlex
 
 import keras
 import numpy as np
 import pytest
 
 import keras_nonlocal
+from keras_nonlocal import cli
+from keras_nonlocal.data import write_video
 
+ROOT = pathlib.Path(__file__).resolve().parents[1]
 MODULES = sorted(
     info.name
     for info in pkgutil.walk_packages(keras_nonlocal.__path__, keras_nonlocal.__name__ + ".")
@@ -100,3 +106,47 @@ def test_a_wrong_example_is_found(tmp_path, monkeypatch):
     with pytest.raises(AssertionError):
         module = importlib.import_module("wrong_example")
         assert doctest.testmod(module).failed == 0
+
+
+def readme_blocks(language):
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    return re.findall(rf"^```{language}\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
+
+
+def test_readme_is_finished_and_its_links_lead_somewhere():
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert not re.findall(r"@\w+@", text)
+    links = [link for link in re.findall(r"\]\(([^)]+)\)", text) if not link.startswith("http")]
+    assert links and all((ROOT / link).exists() for link in links), links
+
+
+def test_readme_code_runs(tmp_path, monkeypatch):
+    """As printed, but for the size of the network and the number of views."""
+    blocks = readme_blocks("python")
+    assert len(blocks) == 2
+    exec(blocks[0], {})
+    for split in ("train", "test"):
+        for level, name in enumerate(("dark", "light")):
+            folder = tmp_path / "videos" / split / name
+            folder.mkdir(parents=True)
+            write_video(folder / "clip.mp4", np.full((12, 64, 80, 3), 60 + 120 * level, "uint8"))
+    smaller = blocks[1]
+    for printed, small in (
+        ("I3DResNet50(", "I3DResNet11("),
+        ("non_local=5", "non_local=2"),
+        ("views=(10, 3)", "views=(2, 3)"),
+    ):
+        assert printed in smaller
+        smaller = smaller.replace(printed, small)
+    monkeypatch.chdir(tmp_path)
+    exec(smaller, {})
+    assert (tmp_path / "served" / "1" / "saved_model.pb").exists()
+
+
+def test_readme_commands_parse():
+    """Every `keras-nonlocal …` line is one that the parser takes."""
+    lines = [line for block in readme_blocks("bash") for line in block.splitlines()]
+    commands = [shlex.split(line)[1:] for line in lines if line.startswith("keras-nonlocal ")]
+    assert len(commands) == 4
+    for command in commands:
+        cli._parser().parse_args(command)

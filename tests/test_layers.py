@@ -477,3 +477,27 @@ def test_mask_errors(shape):
 def test_query_errors(queries, message):
     with pytest.raises(ValueError, match=message):
         NonLocal3D().attention(X3, queries)
+
+
+def test_block_that_is_not_trainable_does_not_train():
+    """What counts is the model's list of weights, not the layer's."""
+    model = keras.Sequential([keras.Input((4, 8)), NonLocal1D(trainable=False), keras.layers.Dense(1)])
+    assert [weight.path.split("/")[-2] for weight in model.trainable_variables] == ["dense", "dense"]
+    for weight in model.layers[0].weights:
+        weight.assign(np.full(weight.shape, 0.1, "float32"))
+    before = [np.array(weight) for weight in model.layers[0].weights]
+    model.compile("sgd", "mse")
+    model.fit(np.ones((2, 4, 8), "float32"), np.zeros((2, 4, 1), "float32"), verbose=0)
+    for old, weight in zip(before, model.layers[0].weights, strict=True):
+        assert np.array_equal(old, weight)
+
+
+@pytest.mark.parametrize("initializer", [keras.initializers.HeNormal(seed=1), lambda shape, dtype: np.ones(shape)])
+def test_seeded_initializers_and_functions(initializer):
+    layer = NonLocal1D(kernel_initializer=initializer)
+    layer.build((None, 4, 8))
+    theta, phi, g = (np.asarray(getattr(layer, name).kernel) for name in ("theta", "phi", "g"))
+    if callable(initializer) and not isinstance(initializer, keras.Initializer):
+        assert (theta == 1).all()
+    else:
+        assert np.abs(theta - phi).min() > 0 and np.abs(phi - g).min() > 0

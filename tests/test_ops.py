@@ -381,3 +381,37 @@ def test_errors(options, message):
 
 def test_the_table_is_complete():
     assert set(knl_ops.PAIRWISE) == set(PAIRWISE)
+
+
+@pytest.mark.parametrize("pairwise", ["dot_product", "concatenation"])
+def test_half_precision_with_many_keys(pairwise):
+    """1 / M is below the normal numbers of float16 here, and the sum over M is above its largest."""
+    rng = np.random.default_rng(0)
+    arguments = make_arguments(rng, pairwise, num_queries=2, num_keys=50_000, batch=1)
+    arguments["g"] = np.abs(arguments["g"]) * 0.01  # so that the sum does not cancel
+    expected = reference.non_local(**arguments, pairwise=pairwise)
+    half = {name: value.astype("float16") for name, value in arguments.items()}
+    actual = knl_ops.non_local(**half, pairwise=pairwise, query_chunk_size=None)
+    assert actual.dtype == "float16"
+    assert_close(actual, expected, 0.02)
+
+
+def test_score_kernel_is_checked():
+    arguments = make_arguments(np.random.default_rng(0), "concatenation")
+    kernel = arguments.pop("score_kernel")
+    for function in (knl_ops.non_local, knl_ops.attention_weights):
+        tensors = arguments if function is knl_ops.non_local else {k: arguments[k] for k in ("theta", "phi")}
+        with pytest.raises(ValueError, match=r"shape \(6, 1\).*Received: score_kernel.shape=None"):
+            function(**tensors, pairwise="concatenation")
+        with pytest.raises(ValueError, match=r"Received: score_kernel.shape=\(5, 1\)"):
+            function(**tensors, pairwise="concatenation", score_kernel=kernel[:5])
+        with pytest.raises(ValueError, match=r"Only the concatenation.*Received: score_kernel.shape=\(6, 1\)"):
+            function(**tensors, pairwise="dot_product", score_kernel=kernel)
+
+
+def test_auto_chunks_stay_within_the_limit():
+    limit = knl_ops.AUTO_MAX_SCORES
+    assert knl_ops.chunk_size("auto", 1000, 1000) is None
+    assert knl_ops.chunk_size("auto", None, None) == 1024
+    for num_queries in (None, 50_000):
+        assert knl_ops.chunk_size("auto", num_queries, 50_000) * 50_000 <= max(limit, 32 * 50_000)

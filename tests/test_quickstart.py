@@ -64,7 +64,7 @@ def test_no_temporal_convolution_sees_cue_and_question():
 
 def test_only_what_is_new_trains():
     image_model = quickstart.applications.C2DResNet11(
-        input_shape=(1, 48, 48, 3), temporal_strides=(1, 1, 1), non_local=0, classes=40
+        input_shape=(1, 48, 48, 3), temporal_strides=(1, 1, 1), non_local=0, include_top=False
     )
     trained = {
         row: sorted(
@@ -90,6 +90,10 @@ def test_data_set_is_made_once_and_again_after_an_interruption(tmp_path, capsys)
     assert len(files) == 4
     quickstart.make_dataset(tmp_path, size)
     assert "Using the data set" in capsys.readouterr().out
+    strange = tmp_path / "mine"
+    (strange / "images").mkdir(parents=True)
+    with pytest.raises(SystemExit, match="not the quickstart's"):
+        quickstart.make_dataset(strange, size)
     (tmp_path / "complete.json").unlink()  # as if the first run had been killed
     files[0].write_bytes(b"")
     quickstart.make_dataset(tmp_path, size)
@@ -102,7 +106,7 @@ def run(tmp_path, *options):
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
     done = subprocess.run(command, capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr[-3000:]
-    return done.stdout, json.loads((tmp_path / "out" / "results.json").read_text())
+    return done.stdout, json.loads((next(tmp_path.glob("out*")) / "results.json").read_text())
 
 
 def test_quick(tmp_path):
@@ -111,8 +115,8 @@ def test_quick(tmp_path):
     assert all(row["test_videos"] == quickstart.QUICK.test_clips and row["views"] == 6 for row in results["rows"])
     assert results["export_difference"] <= 1e-5
     for name in ("results.md", "attention-1.png", "attention-2.png", "model.keras", "saved_model/1/saved_model.pb"):
-        assert (tmp_path / "out" / name).stat().st_size > 0
-    assert keras.saving.load_model(tmp_path / "out" / "model.keras").output_shape == (None, 3)
+        assert (tmp_path / "out-quick" / name).stat().st_size > 0
+    assert keras.saving.load_model(tmp_path / "out-quick" / "model.keras").output_shape == (None, 3)
     for row in quickstart.ROWS:
         assert row in printed
 

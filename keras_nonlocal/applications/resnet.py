@@ -144,13 +144,17 @@ def build_resnet(
         raise ValueError(f'`pool1_padding` must be "valid" or "same". Received: pool1_padding={pool1_padding!r}')
     if pooling not in (None, "avg", "max"):
         raise ValueError(f'`pooling` must be `None`, "avg" or "max". Received: pooling={pooling!r}')
-    if len(temporal_strides) != 3:
+    if not isinstance(temporal_strides, (tuple, list)) or len(temporal_strides) != 3:
         raise ValueError(
             "`temporal_strides` must be 3 integers: of conv1, pool1 and pool2. "
             f"Received: temporal_strides={temporal_strides!r}"
         )
     options = RELEASE_OPTIONS | (non_local_options or {})
     channels_first = keras.config.image_data_format() == "channels_first"
+    if input_tensor is not None:
+        if not isinstance(input_tensor, keras.KerasTensor):
+            raise ValueError(f"`input_tensor` must be a Keras tensor. Received: input_tensor={input_tensor!r}")
+        input_shape = tuple(input_tensor.shape[1:])
     if input_shape is None:
         input_shape = (3, None, None, None) if channels_first else (None, None, None, 3)
     if len(input_shape) != 4:
@@ -168,8 +172,6 @@ def build_resnet(
         )
 
     inputs = keras.Input(shape=input_shape) if input_tensor is None else input_tensor
-    if not isinstance(inputs, keras.KerasTensor):
-        inputs = keras.Input(tensor=inputs, shape=input_shape)
     x = _conv(inputs, arrangement.width, (5 if inflated else 1, 7, 7), (conv1_stride, 2, 2), "conv1")
     x = keras.layers.ReLU(name="conv1_relu")(_norm(x, "res_conv1_bn"))
     if pool1_padding == "same":
@@ -290,7 +292,7 @@ _DOCUMENTATION = """{title}
             the residual blocks after which they stand, such as `{{4: [2]}}`.
         non_local_options: Dictionary of arguments of `NonLocal3D` for all blocks, over the release's
             (`pool_size=(1, 2, 2)`, `scale="sqrt"`, N(0, 0.01) kernels).
-        inflation: Kernels of the I3D's inflated blocks: `"3x1x1"` or `"3x3x3"`.
+        inflation: Kernels of the I3D's inflated blocks: `"3x1x1"` or `"3x3x3"`. A C2D has none.
         temporal_strides: Temporal strides of conv1, pool1 and pool2. (2, 2, 2) is the paper's for 32 and 128
             frames; (1, 1, 1) takes images as clips of one frame.
         pool1_padding: `"valid"` (55×55 from 224×224, as the release's weights need) or `"same"` (56×56).
@@ -311,6 +313,9 @@ _DOCUMENTATION = """{title}
     >>> model.output_shape
     (None, 5)
     """
+
+
+NETWORKS = {}  # name of the model → public function
 
 
 def _network(depth, inflated):
@@ -352,6 +357,7 @@ def _network(depth, inflated):
         numbers=", ".join(map(str, (0, *arrangement.non_local))),
         function=build.__name__,
     )
+    NETWORKS[default_name] = build
     return build
 
 

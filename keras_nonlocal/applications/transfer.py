@@ -48,13 +48,15 @@ def insert_non_local(model, after, **options):
         model = keras.Model(model.inputs[0], model.outputs[0], name=model.name)
     if not hasattr(model, "operations"):
         raise ValueError(f"`model` must be a functional Keras model. Received: model={model!r}")
-    names = {layer.name for layer in model.layers}
+    names = {layer.name for layer in model.layers if not isinstance(layer, keras.layers.InputLayer)}
     for name in after:
         if name not in names:
             raise ValueError(
-                f"`after` must hold names of layers of the model {model.name!r}. Received: after={after!r}, of which "
-                f"there is no {name!r}"
+                f"`after` must hold names of layers of the model {model.name!r} that are no inputs; {name!r} is none. "
+                f"Received: after={after!r}"
             )
+
+    blocks = {}
 
     def call(layer, *args, **kwargs):
         outputs = layer(*args, **kwargs)
@@ -63,27 +65,26 @@ def insert_non_local(model, after, **options):
         rank = len(getattr(outputs, "shape", ()))
         if rank not in _BY_RANK:
             raise ValueError(
-                "`after` must name layers whose output is one map of 1 to 3 dimensions of positions and channels. "
-                f"Received: after={after!r}, of which {layer.name!r} gives {getattr(outputs, 'shape', outputs)}"
+                "`after` must name layers whose output is one map of 1 to 3 dimensions of positions and channels; that "
+                f"of {layer.name!r} is {getattr(outputs, 'shape', outputs)}. Received: after={after!r}"
             )
-        return _BY_RANK[rank](**options, name=layer.name + "_non_local")(outputs)
+        if layer.name not in blocks:  # a layer that is called twice shares its block
+            blocks[layer.name] = _BY_RANK[rank](**options, name=layer.name + "_non_local")
+        return blocks[layer.name](outputs)
 
-    copy = keras.models.clone_model(model, call_function=call, clone_function=_clone)
+    copy = keras.models.clone_model(model, call_function=call)
     for layer in model.layers:
         if layer.weights:
             copy.get_layer(layer.name).set_weights(layer.get_weights())
     return copy
 
 
-def _clone(layer):
-    return layer.__class__.from_config(layer.get_config())
-
-
 def inflate_weights(image_model, video_model):
     """Fills a video network with the weights of an image network of the same family.
 
     Layers are matched by name. A kernel that is wider in time than the image network's is its copy at every one of its
-    T time steps, divided by T: on a video of one repeated image both give the same responses.
+    T time steps, divided by T: on a video of one repeated image both give the same responses, away from the ends of
+    the clip, where convolutions are padded with zeros.
 
     Args:
         image_model: The trained network: kernels of `H×W×I×O`, or of `1×H×W×I×O` as in a C2D network built with

@@ -362,19 +362,18 @@ def _index_directory(directory, labels, class_names, follow_links):
         )
     if labels is not None and len(labels) != len(paths):
         raise ValueError(
-            f"`labels` must have one label for each of the {len(paths)} videos. "
-            f"Received: labels of length {len(labels)}"
+            f"`labels` must have one label for each of the {len(paths)} videos. Received: len(labels)={len(labels)}"
         )
     return paths, labels, class_names
 
 
 def _video_files(folder, follow_links):
-    return [
+    return sorted(
         os.path.join(root, name)
-        for root, _, names in sorted(os.walk(folder, followlinks=follow_links))
-        for name in sorted(names)
+        for root, _, names in os.walk(folder, followlinks=follow_links)
+        for name in names
         if name.lower().endswith(VIDEO_EXTENSIONS) and not name.startswith(".")
-    ]
+    )
 
 
 def _encode_labels(labels, label_mode, class_names):
