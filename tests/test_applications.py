@@ -628,12 +628,12 @@ class Subclassed(keras.Model):
         (
             signal_model,
             ["nowhere"],
-            r"`after` must hold .*Received: after=\['nowhere'\], .*'nowhere'",
+            r"`after` must hold .*'nowhere' is none\. Received: after=\['nowhere'\]",
         ),
         (
             volume_model,
             ["flatten"],
-            r"`after` must name .*Received: after=\['flatten'\], .*\(None, 576\)",
+            r"`after` must name .*\(None, 576\)\. Received: after=\['flatten'\]",
         ),
         (Subclassed, ["first"], r"`model` must be a functional Keras model\. Received: model=<"),
         (

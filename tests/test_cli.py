@@ -212,10 +212,16 @@ def test_train_builds_the_network_asked_for(videos, tmp_path, untrained):
         (["train", "@DATA", "--out", "@OUT", *TRAIN, "--seed", "-1"], "Seed must be between 0 and 2**32 - 1"),
         (["train", "@DATA", "--out", "@OUT", *TRAIN, "--validation-split", "2"], "Received: validation_split=2.0"),
         (["train", "@DATA", "--out", "@OUT", *TRAIN, "--weights", "no.keras"], "Received: weights='no.keras'"),
-        (["train", "@DATA", "--out", "@OUT", *TRAIN, "--weights", "@TEXT"], "cannot load @TEXT: File is not a zip"),
+        (
+            ["train", "@DATA", "--out", "@OUT", *TRAIN, "--weights", "@TEXT"],
+            "must be a file that Keras wrote (File is not a zip file). Received: weights='@TEXT'",
+        ),
         (["evaluate", "@MODEL", "missing"], "`directory` must be an existing directory"),
         (["evaluate", "@MODEL", "@DATA", "--num-frames", "8"], "takes clips of 4 frames. Received: --num-frames 8"),
-        (["evaluate", "@MODEL", "@OTHER"], "of the model, ['blue', 'red']. Received: DATA='@OTHER' with"),
+        (
+            ["evaluate", "@MODEL", "@OTHER"],
+            "must be sub-directories of @OTHER, which has ['a', 'b', 'c']. Received: class_names=['blue', 'red']",
+        ),
         (["evaluate", "@BARE", "@OTHER", "--frame-stride", "1", "--image-size", "32"], "those of the model, 2 classes"),
         (["predict", "@TEXT", "a.mp4"], "cannot load @TEXT: File not found: filepath=@TEXT. Please ensure"),
         (["predict", "missing.keras", "a.mp4"], "MODEL must be a .keras file or an exported SavedModel"),
@@ -225,7 +231,10 @@ def test_train_builds_the_network_asked_for(videos, tmp_path, untrained):
         (["predict", "@MODEL", "@DATA/red/0.mp4", "--image-size", "4"], "of the shape (1, 4, 4, 4, 3): ValueError"),
         (["predict", "@NAMES", "a.mp4"], "must be 2, as its scores. Received: class_names=['one']"),
         (["export", "@MODEL", "@DATA"], "`path` must not exist, exports are never overwritten. Received: path='@DATA'"),
-        (["export", "@MODEL", "@OUT", "--class-names", "a,b,c"], "each of the model's 2 scores. Received: 3 names"),
+        (
+            ["export", "@MODEL", "@OUT", "--class-names", "a,b,c"],
+            "each of the model's 2 scores. Received: class_names=['a', 'b', 'c']",
+        ),
         (["export", "@IMAGES", "@OUT"], "MODEL must take clips (batch, frames, height, width, 3) and give scores"),
     ],
 )

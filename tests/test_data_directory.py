@@ -365,7 +365,7 @@ def test_extensions_nested_folders_and_links(tmp_path):
     "arguments, message",
     [
         ({"labels": "infer"}, r"`labels` must be .* Received: labels='infer'"),
-        ({"labels": [0] * 39}, r"each of the 40 videos\. Received: labels of length 39"),
+        ({"labels": [0] * 39}, r"each of the 40 videos\. Received: len\(labels\)=39"),
         ({"labels": [1] * 20 + [2] * 20, "label_mode": "categorical"},
          r"in \[0, 2\), the number of classes, .* Received: labels from 1 to 2"),
         ({"label_mode": "integer"}, r"`label_mode` must .* Received: label_mode='integer'"),

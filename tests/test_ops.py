@@ -287,7 +287,8 @@ def test_automatic_chunks(rng, monkeypatch):
     assert knl_ops.chunk_size("auto", 2048, 2048) is None
     assert knl_ops.chunk_size("auto", 2049, 2048) == 512
     assert knl_ops.chunk_size("auto", 10**6, 10**6) == 32  # never less
-    assert knl_ops.chunk_size("auto", None, 5) == knl_ops.chunk_size("auto", 5, None) == 1024
+    assert knl_ops.chunk_size("auto", 5, None) == knl_ops.chunk_size("auto", None, None) == 1024
+    assert knl_ops.chunk_size("auto", None, 2048) == 512  # the keys alone bound the rows
     assert knl_ops.chunk_size(8, 8, 5) is None  # one chunk is no chunk
     assert knl_ops.chunk_size(8, 9, 5) == 8
     assert knl_ops.chunk_size(None, 10**9, 10**9) is None
@@ -407,11 +408,3 @@ def test_score_kernel_is_checked():
             function(**tensors, pairwise="concatenation", score_kernel=kernel[:5])
         with pytest.raises(ValueError, match=r"Only the concatenation.*Received: score_kernel.shape=\(6, 1\)"):
             function(**tensors, pairwise="dot_product", score_kernel=kernel)
-
-
-def test_auto_chunks_stay_within_the_limit():
-    limit = knl_ops.AUTO_MAX_SCORES
-    assert knl_ops.chunk_size("auto", 1000, 1000) is None
-    assert knl_ops.chunk_size("auto", None, None) == 1024
-    for num_queries in (None, 50_000):
-        assert knl_ops.chunk_size("auto", num_queries, 50_000) * 50_000 <= max(limit, 32 * 50_000)
