@@ -58,7 +58,7 @@ class Size:
     clip_epochs: int
 
 
-FULL = Size(images=20000, image_epochs=4, train_clips=6000, test_clips=600, clip_epochs=5)
+FULL = Size(images=20000, image_epochs=4, train_clips=6000, test_clips=600, clip_epochs=4)
 QUICK = Size(images=400, image_epochs=1, train_clips=64, test_clips=16, clip_epochs=1)
 
 
@@ -256,8 +256,8 @@ ROWS = {
 def build_row(row, image_model, classes):
     """A video network with the image network's weights, of which only what is new in it trains.
 
-    That is: the head, the non-local blocks, and the 3×1×1 convolutions that the I3D inflated. Its 5×7×7 conv1 stays as
-    inflated: training it would double the time, and its reach in time does not depend on its weights.
+    That is: the head, the non-local blocks, and the I3D's temporal convolution of res3, where the blocks stand. Those
+    of conv1 and res2 stay as inflated: training them would double the time, and no weights change the reach in time.
     """
     builder, non_local, hidden = ROWS[row]
     model = builder(
@@ -277,7 +277,7 @@ def build_row(row, image_model, classes):
         model = keras.Model(model.inputs[0], x, name=model.name + "_hidden")
     new = applications.inflate_weights(image_model, model)
     for layer in model.layers:
-        inflated = isinstance(layer, keras.layers.Conv3D) and layer.kernel_size == (3, 1, 1)
+        inflated = layer.name.startswith("res3") and getattr(layer, "kernel_size", None) == (3, 1, 1)
         layer.trainable = layer.name in new or inflated
     return model
 

@@ -72,7 +72,7 @@ def test_only_what_is_new_trains():
         )
         for row in quickstart.ROWS
     }
-    inflated = ["res2_0_branch2a", "res3_0_branch2a"]
+    inflated = ["res3_0_branch2a"]
     blocks = ["nonlocal_conv3_0", "nonlocal_conv3_1"]
     assert list(trained.values()) == [
         ["pred"],
