@@ -481,8 +481,8 @@ def test_query_errors(queries, message):
 
 def test_block_that_is_not_trainable_does_not_train():
     """What counts is the model's list of weights, not the layer's."""
-    model = keras.Sequential([keras.Input((4, 8)), NonLocal1D(trainable=False), keras.layers.Dense(1)])
-    assert [weight.path.split("/")[-2] for weight in model.trainable_variables] == ["dense", "dense"]
+    model = keras.Sequential([keras.Input((4, 8)), NonLocal1D(trainable=False), keras.layers.Dense(1, name="head")])
+    assert [weight.path.split("/")[-2] for weight in model.trainable_variables] == ["head", "head"]
     for weight in model.layers[0].weights:
         weight.assign(np.full(weight.shape, 0.1, "float32"))
     before = [np.array(weight) for weight in model.layers[0].weights]
