@@ -258,6 +258,8 @@ def build_row(row, image_model, classes):
 
     That is: the head, the non-local blocks, and the I3D's temporal convolution of res3, where the blocks stand. Those
     of conv1 and res2 stay as inflated: training them would double the time, and no weights change the reach in time.
+    They are inflated at their centre, which keeps the features of a frame. The paper's average over time dims a digit
+    that is shown for 3 frames of the clip, and frozen layers cannot adapt: with it, the last row was at chance.
     """
     builder, non_local, hidden = ROWS[row]
     model = builder(
@@ -275,7 +277,7 @@ def build_row(row, image_model, classes):
             x = keras.layers.Dense(128, activation="relu", name=f"hidden{number}")(x)
         x = keras.layers.Dense(classes, activation="softmax", name="pred")(x)
         model = keras.Model(model.inputs[0], x, name=model.name + "_hidden")
-    new = applications.inflate_weights(image_model, model)
+    new = applications.inflate_weights(image_model, model, method="center")
     for layer in model.layers:
         inflated = layer.name.startswith("res3") and getattr(layer, "kernel_size", None) == (3, 1, 1)
         layer.trainable = layer.name in new or inflated

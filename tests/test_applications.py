@@ -686,3 +686,15 @@ def test_short_clip_in_input_tensor():
         applications.C2DResNet11(input_tensor=keras.Input((1, 64, 64, 3)))
     with pytest.raises(ValueError, match="must be a Keras tensor. Received: input_tensor=3"):
         applications.C2DResNet11(input_tensor=3)
+
+
+def test_center_inflation_gives_the_image_networks_responses_to_every_frame():
+    image_model = randomise(applications.C2DResNet11(temporal_strides=(1, 1, 1), non_local=0, include_top=False))
+    options = {"temporal_strides": (1, 1, 1), "non_local": 0, "include_top": False}
+    video_model = applications.I3DResNet11(**options)
+    assert applications.inflate_weights(image_model, video_model, method="center") == []
+    clip = np.random.default_rng(0).normal(size=(1, 5, 33, 27, 3)).astype("float32")
+    frames = np.concatenate([np.asarray(image_model(clip[:, t : t + 1])) for t in range(5)], axis=1)
+    np.testing.assert_allclose(video_model(clip), frames, atol=1e-5 * np.abs(frames).max())
+    with pytest.raises(ValueError, match=r'"average" or "center". Received: method=\'mean\'$'):
+        applications.inflate_weights(image_model, video_model, method="mean")

@@ -79,24 +79,28 @@ def insert_non_local(model, after, **options):
     return copy
 
 
-def inflate_weights(image_model, video_model):
+def inflate_weights(image_model, video_model, method="average"):
     """Fills a video network with the weights of an image network of the same family.
 
     Layers are matched by name. A kernel that is wider in time than the image network's is its copy at every one of its
     T time steps, divided by T: on a video of one repeated image both give the same responses, away from the ends of
-    the clip, where convolutions are padded with zeros.
+    the clip, where convolutions are padded with zeros. That is the paper's way; `method="center"` leaves the video
+    network with the image network's responses to each frame.
 
     Args:
         image_model: The trained network: kernels of `H×W×I×O`, or of `1×H×W×I×O` as in a C2D network built with
             `temporal_strides=(1, 1, 1)` on clips of one frame.
         video_model: The network to fill, in place.
+        method: What a kernel that is wider in time is filled with: `"average"`, the image network's kernel divided by
+            T at every time step, or `"center"`, that kernel at the middle step and zeros at the others.
 
     Returns:
         The names of the layers of `video_model` that have weights and were not filled: those that `image_model`
         does not have, such as the non-local blocks, and a head with another number of classes.
 
     Raises:
-        ValueError: if a layer of the same name has weights of other shapes (the head excepted), or no layer matches.
+        ValueError: if a layer of the same name has weights of other shapes (the head excepted), no layer matches, or
+            `method` is unknown.
 
     Reference:
         [Non-local Neural Networks](https://arxiv.org/abs/1711.07971), section 4, "Inflated 3D ConvNet"
@@ -108,6 +112,8 @@ def inflate_weights(image_model, video_model):
     >>> inflate_weights(image_model, I3DResNet11(non_local=1, classes=4))
     ['nonlocal_conv3_1', 'pred']
     """
+    if method not in ("average", "center"):
+        raise ValueError(f'`method` must be "average" or "center". Received: method={method!r}')
     sources = {layer.name: layer for layer in image_model.layers if layer.weights}
     targets = [layer for layer in video_model.layers if layer.weights]
     head = targets[-1] if targets else None
@@ -117,7 +123,7 @@ def inflate_weights(image_model, video_model):
             not_filled.append(layer.name)
             continue
         source, shapes = sources[layer.name], [tuple(weight.shape) for weight in layer.weights]
-        values = [_inflate(value, shape) for value, shape in zip(source.get_weights(), shapes, strict=False)]
+        values = [_inflate(value, shape, method) for value, shape in zip(source.get_weights(), shapes, strict=False)]
         if len(source.weights) == len(shapes) and all(value is not None for value in values):
             planned.append((layer, values))
         elif layer is head and isinstance(layer, keras.layers.Dense):
@@ -138,12 +144,16 @@ def inflate_weights(image_model, video_model):
     return not_filled
 
 
-def _inflate(value, shape):
+def _inflate(value, shape, method):
     """The value in the target's shape, or `None` if it does not fit."""
     if value.shape == shape:
         return value
     if value.ndim == 4 and len(shape) == 5:
         value = value[None]
     if value.ndim == 5 and len(shape) == 5 and value.shape[0] == 1 and value.shape[1:] == shape[1:]:
-        return np.repeat(value, shape[0], axis=0) / shape[0]
+        if method == "average":
+            return np.repeat(value, shape[0], axis=0) / shape[0]
+        inflated = np.zeros(shape, value.dtype)
+        inflated[shape[0] // 2] = value[0]
+        return inflated
     return None
