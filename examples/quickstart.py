@@ -405,6 +405,8 @@ def main(argv=None):
     out.mkdir(parents=True, exist_ok=True)
     keras.utils.set_random_seed(arguments.seed)
 
+    if arguments.quick:
+        print("This is the quick run: too little training to learn anything. Its figures mean nothing.")
     print("1. The data set")
     make_dataset(root, size)
     print("\n2. An image network for single coloured digits")

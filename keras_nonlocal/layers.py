@@ -429,7 +429,7 @@ _ARGUMENTS = """
             before φ and g; θ is never pooled and the output keeps its size. An integer, {rank} integer(s), or `None`
             for no sub-sampling.
         window: Per dimension the size of the window inside which positions attend to each other, or `None` for all
-            of that dimension. `None`: one window, the whole map.{windows}
+            of that dimension. An integer: that size in every dimension. `None`: one window, the whole map.{windows}
         scale: Factor on the scores before the softmax: `None` for 1 (the paper), `"sqrt"` for
             `inner_channels ** -0.5` (the authors' release), or a number. Forms without softmax have none.
         normalization: `"batch"` for batch normalization after W_z, whose γ starts at 0; `None` for no normalization,
