@@ -127,7 +127,7 @@ def render_image(rng, glyphs, classes, pool):
 
 def make_dataset(root, size):
     """Writes `images/{train,test}/<colour>-<digit>/*.png` and `clips/{train,test}/<colour>/*.mp4`, once."""
-    wanted = {"size": dataclasses.asdict(size), "layout": 3}
+    wanted = {"images": size.images, "train_clips": size.train_clips, "test_clips": size.test_clips, "layout": 3}
     marker = root / "complete.json"
     if marker.exists() and json.loads(marker.read_text()) == wanted:
         print(f"Using the data set in {root}.")
