@@ -58,7 +58,7 @@ class Size:
     clip_epochs: int
 
 
-FULL = Size(images=20000, image_epochs=4, train_clips=6000, test_clips=600, clip_epochs=4)
+FULL = Size(images=20000, image_epochs=4, train_clips=6000, test_clips=600, clip_epochs=6)
 QUICK = Size(images=400, image_epochs=1, train_clips=64, test_clips=16, clip_epochs=1)
 
 
