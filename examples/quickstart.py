@@ -213,6 +213,11 @@ def test_dataset(root):
     )
 
 
+def load_clip(path):
+    """One view of a video, `(1, 16, 48, 48, 3)`."""
+    return data.load_views(path, NUM_FRAMES, FRAME_STRIDE, views=(1, 1), shorter_side=HEIGHT, image_size=(CROP, CROP))
+
+
 def pretrain(root, size):
     """An image network, which is a C2D network on clips of one frame.
 
@@ -279,9 +284,13 @@ def build_row(row, image_model, classes):
         model = keras.Model(model.inputs[0], x, name=model.name + "_hidden")
     new = applications.inflate_weights(image_model, model, method="center")
     for layer in model.layers:
-        inflated = layer.name.startswith("res3") and getattr(layer, "kernel_size", None) == (3, 1, 1)
-        layer.trainable = layer.name in new or inflated
+        layer.trainable = layer.name in new or is_inflated(layer)
     return model
+
+
+def is_inflated(layer):
+    """Whether it is a temporal convolution that trains."""
+    return layer.name.startswith("res3") and getattr(layer, "kernel_size", None) == (3, 1, 1)
 
 
 def train_row(model, dataset, epochs):
@@ -292,8 +301,16 @@ def train_row(model, dataset, epochs):
     batches = [(frozen.predict_on_batch(clips), labels) for clips, labels in dataset]
     features, labels = (np.concatenate(parts) for parts in zip(*batches, strict=True))
     del batches
-    compile_model(rest, 2e-3, epochs * -(-len(labels) // 16))
-    rest.fit(features, labels, batch_size=16, epochs=epochs, verbose=2)
+    # What is new learns first. An inflated convolution moves the features that the blocks behind it learn to match:
+    # trained all at once, the last row was only half-way after as many epochs.
+    inflated = [layer for layer in rest.layers if is_inflated(layer)]
+    together = epochs // 3 if inflated else 0
+    for trainable, count, learning_rate in ((False, epochs - together, 2e-3), (True, together, 1e-3)):
+        for layer in inflated:
+            layer.trainable = trainable
+        if count:
+            compile_model(rest, learning_rate, count * -(-len(labels) // 16))
+            rest.fit(features, labels, batch_size=16, epochs=count, verbose=2)
 
 
 def count_parameters(weights):
@@ -308,9 +325,7 @@ def draw_two_clips(model, root, names, out):
     matches = []
     for number, name in enumerate(names[:2]):
         path = sorted((root / "clips" / "test" / name).glob("*.mp4"))[0]
-        clip = data.load_views(
-            path, NUM_FRAMES, FRAME_STRIDE, views=(1, 1), shorter_side=HEIGHT, image_size=(CROP, CROP)
-        )[0]
+        (clip,) = load_clip(path)
         rows, columns = np.nonzero(clip[0].min(axis=-1) > 128)  # the white digit
         position = (0, int(np.median(rows)), int(np.median(columns)))
         weights = visualization.attention_map(model, clip, position)
@@ -345,12 +360,7 @@ def export_and_check(model, names, root, out):
     version = out / "saved_model" / str(1 + len(list((out / "saved_model").glob("*"))))  # exports are never replaced
     export.export_saved_model(model, version, class_names=names)
     paths = [sorted((root / "clips" / "test" / name).glob("*.mp4"))[0] for name in names]
-    clips = np.concatenate(
-        [
-            data.load_views(path, NUM_FRAMES, FRAME_STRIDE, views=(1, 1), shorter_side=HEIGHT, image_size=(CROP, CROP))
-            for path in paths
-        ]
-    )
+    clips = np.concatenate([load_clip(path) for path in paths])
     np.save(out / "clips.npy", clips)
     command = [sys.executable, "-c", LOADER, str(version), str(out / "clips.npy"), str(out / "scores.npy")]
     subprocess.run(command, check=True, cwd=out)
