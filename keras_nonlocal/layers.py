@@ -73,9 +73,8 @@ class _NonLocal(keras.layers.Layer):
         self._check_map(positions)
         inner_channels = self._inner_channels(channels)
         self.theta = self.phi = self.score_kernel = self.norm = None
-        if self.function.embedded:
-            self.theta = self._projection(inner_channels, channels, "theta")
-            self.phi = self._projection(inner_channels, channels, "phi")
+        for name in self.function.projections:
+            setattr(self, name, self._projection(inner_channels, channels, name))
         self.g = self._projection(inner_channels, channels, "g")
         if self.function.has_score_kernel:
             self.score_kernel = self.add_weight(
@@ -422,8 +421,8 @@ _ARGUMENTS = """
     changing its outputs.
 
     Args:
-        pairwise: The pairwise function f: `"gaussian"`, `"embedded_gaussian"`, `"dot_product"` or
-            `"concatenation"`. See `keras_nonlocal.ops.non_local`.
+        pairwise: The pairwise function f: `"gaussian"`, `"embedded_gaussian"`, `"euclidean_gaussian"`,
+            `"dot_product"` or `"concatenation"`. See `keras_nonlocal.ops.non_local`.
         inner_channels: Channels of θ, φ and g. `None`: half of the input's channels, at least 1.
         pool_size: Sub-sampling of the keys: x is max-pooled by this size, with the same stride and without padding,
             before φ and g; θ is never pooled and the output keeps its size. An integer, {rank} integer(s), or `None`

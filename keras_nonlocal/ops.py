@@ -3,12 +3,20 @@
 `y_i = 1/C(x) Σ_j f(x_i, x_j) g(x_j)` (Wang et al., "Non-local Neural Networks", CVPR 2018, section 3),
 for the pairwise functions f in the table `PAIRWISE`. Everything is `keras.ops`, so it runs on every backend.
 
+Three algorithms, all exact:
+
+- dot product: θ (φᵀ g), linear in the positions, where that is the cheaper order;
+- concatenation: ReLU(a_i + b_j) by sort, prefix sums and look-up, N log N in the positions;
+- softmax forms: some rows of scores at a time, computed again in the backward pass, linear in memory.
+
 Shape letters:
     B: batch (or batch × windows)
     N: query positions, index i
     M: key positions, index j (fewer than N after sub-sampling)
     C: channels of theta and phi
     D: channels of g
+    K: query positions of one chunk
+    E: any channels
 """
 
 import dataclasses
@@ -19,50 +27,104 @@ from keras import ops
 
 # Scores of one sample that are held whole before "auto" cuts the queries into chunks (float32: 16 MiB).
 AUTO_MAX_SCORES = 2**22
+# What a removed key adds to its score: its weight is exp of that, which is 0.
+REMOVED = -3e38
 
 
 @dataclasses.dataclass(frozen=True)
 class PairwiseFunction:
-    """One row of the table of pairwise functions.
+    """One row of the table of pairwise functions: `scores`, or in its place `bilinear`.
 
     Args:
-        scores: `(theta, phi, score_kernel) -> (B, N, M)`. The exponent of f where `softmax`, else f itself.
-        softmax: `True` where f = exp(scores) and C(x) = Σ_j f, so that f / C is a softmax over the keys;
-            `False` where f = scores and C(x) is the number of keys.
-        embedded: whether θ and φ are learned projections of x, or x itself.
+        softmax: `True` where f = exp(score) and C(x) = Σ_j f, so that f / C is a softmax over the keys;
+            `False` where f = score and C(x) is the number of keys.
+        scores: `(theta, phi, score_kernel) -> (B, N, M)`.
+        bilinear: `(theta, phi) -> (theta, phi, bias)`, where the score is `theta_i · phi_j + bias_j` up to what is the
+            same for all keys of a query; `bias` of shape `(B, M)` in float32, or `None`.
+        projections: which of `"theta"` and `"phi"` are learned projections of x; the others are x itself.
         has_score_kernel: whether f has a weight vector w_f of its own, of shape `(2 * C, 1)`.
-        reassociate: an exact form that needs no scores, `(theta, phi, g) -> (B, N, D)`, or `None`.
+        linear: an exact form that needs no scores, `(theta, phi, g, score_kernel) -> (B, N, D)`, the sum without
+            the division by C(x); or `None`.
+        is_linear_cheaper: `(N, M, C, D) -> bool` for known sizes. Unknown ones take the linear form.
     """
 
-    scores: Callable
     softmax: bool
-    embedded: bool = True
+    scores: Callable | None = None
+    bilinear: Callable | None = None
+    projections: tuple = ("theta", "phi")
     has_score_kernel: bool = False
-    reassociate: Callable | None = None
+    linear: Callable | None = None
+    is_linear_cheaper: Callable | None = None
+
+
+# --- Pairwise functions -----------------------------------------------------------------------------------------------
+
+
+def _dot_bilinear(theta, phi):
+    return theta, phi, None
+
+
+def _euclidean_bilinear(theta, phi):
+    # -‖θ_i - φ_j‖² = 2 θ_i·φ_j - ‖φ_j‖² - ‖θ_i‖², of which the softmax over j does not see the last. Distances do not
+    # depend on the origin: at the keys' mean, the first two are small, and little of their difference is rounded off.
+    theta, phi = ops.cast(theta, "float32"), ops.cast(phi, "float32")
+    origin = ops.stop_gradient(ops.mean(phi, axis=1, keepdims=True))
+    theta, phi = theta - origin, phi - origin
+    return 2.0 * theta, phi, -ops.sum(ops.square(phi), axis=-1)
 
 
 def _dot_scores(theta, phi, score_kernel=None):
     return ops.matmul(theta, ops.transpose(phi, (0, 2, 1)))  # B N M
 
 
-def _concatenation_scores(theta, phi, score_kernel):
+def _dot_linear(theta, phi, g, score_kernel=None):
+    return ops.matmul(theta, ops.matmul(ops.transpose(phi, (0, 2, 1)), g))  # (θ φᵀ) g = θ (φᵀ g)
+
+
+def _is_dot_linear_cheaper(num_queries, num_keys, channels, value_channels):
+    linear = (num_queries + num_keys) * channels * value_channels
+    quadratic = num_queries * num_keys * (channels + value_channels)
+    return linear <= quadratic
+
+
+def _concatenation_terms(theta, phi, score_kernel):
     # w_f·[θ_i, φ_j] = w_θ·θ_i + w_φ·φ_j: the (B, N, M, 2C) concatenation never exists.
     channels = theta.shape[-1]
     a = ops.matmul(theta, score_kernel[:channels])  # B N 1
     b = ops.matmul(phi, score_kernel[channels:])  # B M 1
+    return a, b
+
+
+def _concatenation_scores(theta, phi, score_kernel):
+    a, b = _concatenation_terms(theta, phi, score_kernel)
     return ops.relu(a + ops.transpose(b, (0, 2, 1)))  # B N M
 
 
-def _dot_reassociated(theta, phi, g):
-    # (θ φᵀ) g = θ (φᵀ g): linear in the number of positions.
-    return ops.matmul(theta, ops.matmul(ops.transpose(phi, (0, 2, 1)), g))
+def _concatenation_linear(theta, phi, g, score_kernel):
+    a, b = _concatenation_terms(theta, phi, score_kernel)
+    a, b = (ops.squeeze(ops.cast(x, "float32"), axis=-1) for x in (a, b))
+    return ops.cast(_relu_sum(a, b, ops.cast(g, "float32")), g.dtype)
+
+
+def _is_concatenation_linear_cheaper(num_queries, num_keys, channels, value_channels):
+    # Measured, not counted: below, sorting and looking up cost more than the scores (benchmarks/results/).
+    return num_queries * num_keys > 256 * (num_queries + num_keys)
 
 
 PAIRWISE = {
-    "gaussian": PairwiseFunction(_dot_scores, softmax=True, embedded=False),
-    "embedded_gaussian": PairwiseFunction(_dot_scores, softmax=True),
-    "dot_product": PairwiseFunction(_dot_scores, softmax=False, reassociate=_dot_reassociated),
-    "concatenation": PairwiseFunction(_concatenation_scores, softmax=False, has_score_kernel=True),
+    "gaussian": PairwiseFunction(softmax=True, bilinear=_dot_bilinear, projections=()),
+    "embedded_gaussian": PairwiseFunction(softmax=True, bilinear=_dot_bilinear),
+    "euclidean_gaussian": PairwiseFunction(softmax=True, bilinear=_euclidean_bilinear, projections=()),
+    "dot_product": PairwiseFunction(
+        softmax=False, scores=_dot_scores, linear=_dot_linear, is_linear_cheaper=_is_dot_linear_cheaper
+    ),
+    "concatenation": PairwiseFunction(
+        softmax=False,
+        scores=_concatenation_scores,
+        has_score_kernel=True,
+        linear=_concatenation_linear,
+        is_linear_cheaper=_is_concatenation_linear_cheaper,
+    ),
 }
 
 
@@ -110,17 +172,17 @@ def attention_weights(theta, phi, pairwise="embedded_gaussian", *, score_kernel=
     function = get_pairwise(pairwise)
     _check_score_kernel(function, score_kernel, theta.shape[-1])
     factor = get_scale(scale, theta.shape[-1])
+    theta, phi = ops.convert_to_tensor(theta), ops.convert_to_tensor(phi)
+    if mask is not None:
+        phi = _without_removed(phi, mask)
+    scores = _scores(function, theta, phi, score_kernel, factor)  # B N M
     key_mask = None if mask is None else ops.expand_dims(mask, 1)  # B 1 M
     if function.softmax:
-        # Scaling θ rather than the scores is N·C instead of N·M work, and keeps float16 scores small.
-        queries = theta if factor == 1.0 else theta * ops.cast(factor, theta.dtype)
-        scores = ops.cast(function.scores(queries, phi, score_kernel), "float32")
-        if key_mask is None:
+        if mask is None:
             return _softmax(scores)
-        weights = _softmax(ops.where(key_mask, scores, -3e38))
+        weights = _softmax(ops.where(key_mask, scores, REMOVED))
         return ops.where(key_mask, weights, 0.0)  # a row with no valid key is 0, not uniform
-    scores = ops.cast(function.scores(theta, phi, score_kernel), "float32")
-    if key_mask is None:
+    if mask is None:
         return scores / ops.cast(ops.shape(phi)[1], "float32")
     return ops.where(key_mask, scores, 0.0) / _num_valid(mask)
 
@@ -144,17 +206,20 @@ def non_local(
     |-----------------------|--------------------------------|----------------|
     | `"gaussian"`          | exp(θ_iᵀ φ_j), θ = φ = x       | Σ_j f          |
     | `"embedded_gaussian"` | exp(θ_iᵀ φ_j)                  | Σ_j f          |
+    | `"euclidean_gaussian"`| exp(-‖θ_i - φ_j‖²), θ = φ = x  | Σ_j f          |
     | `"dot_product"`       | θ_iᵀ φ_j                       | number of keys |
     | `"concatenation"`     | ReLU(w_fᵀ [θ_i, φ_j])          | number of keys |
 
-    The dot product is re-associated to θ (φᵀ g) / M wherever that takes fewer operations.
-    The other forms hold `query_chunk_size` rows of scores at a time and recompute them in the backward pass.
+    The dot product is re-associated to θ (φᵀ g) / M wherever that takes fewer operations: linear in the positions. The
+    concatenation form sorts w_φᵀ φ_j and looks its sums up among prefix sums of g: O(N log N) time, O(N) memory. The
+    softmax forms hold `query_chunk_size` rows of scores at a time and compute them again in the backward pass. All of
+    that is exact, up to rounding.
 
     Args:
         theta: Queries, tensor of shape `(batch, queries, channels)`.
         phi: Keys, tensor of shape `(batch, keys, channels)`.
         g: Values, tensor of shape `(batch, keys, value_channels)`.
-        pairwise: `"gaussian"`, `"embedded_gaussian"`, `"dot_product"` or `"concatenation"`.
+        pairwise: `"gaussian"`, `"embedded_gaussian"`, `"euclidean_gaussian"`, `"dot_product"` or `"concatenation"`.
         score_kernel: w_f of the concatenation form, tensor of shape `(2 * channels, 1)`.
         scale: Factor on softmax scores: `None` (1), `"sqrt"` (`channels ** -0.5`) or a number. Forms without
             softmax have no scale.
@@ -179,27 +244,186 @@ def non_local(
     (2, 6, 4)
     """
     function = get_pairwise(pairwise)
-    _check_score_kernel(function, score_kernel, theta.shape[-1])
-    num_queries, num_keys = theta.shape[1], phi.shape[1]
-    if function.reassociate and _is_cheaper(num_queries, num_keys, phi.shape[-1], g.shape[-1]):
-        return _reassociated(function, theta, phi, g, mask)
+    theta, phi, g = (ops.convert_to_tensor(x) for x in (theta, phi, g))
+    num_queries, num_keys, channels, value_channels = theta.shape[1], phi.shape[1], theta.shape[-1], g.shape[-1]
+    _check_score_kernel(function, score_kernel, channels)
+    factor = get_scale(scale, channels)
     chunk = chunk_size(query_chunk_size, num_queries, num_keys)
+    if mask is not None:
+        phi, g = _without_removed(phi, mask), _without_removed(g, mask)
+
+    if function.bilinear:
+        theta, phi, bias = _scaled_bilinear(function, theta, phi, factor)
+        if mask is not None:
+            bias = ops.where(mask, 0.0 if bias is None else bias, REMOVED)
+        return _softmax_sum(theta, phi, g, bias, chunk)
+
+    root = _root(phi)
+    if not function.softmax:
+        g = g * ops.cast(1.0 / root, g.dtype)
+    known = num_queries is not None and num_keys is not None
+    if function.linear and (not known or function.is_linear_cheaper(num_queries, num_keys, channels, value_channels)):
+        y = function.linear(theta, phi, g, score_kernel)
+    else:
+        y = _score_sum(function, theta, phi, g, score_kernel, factor, mask, chunk)
+    if function.softmax:
+        return y
+    return y * ops.cast(1.0 / root if mask is None else root / _num_valid(mask), g.dtype)
+
+
+# --- The softmax forms ------------------------------------------------------------------------------------------------
+
+
+def _softmax_sum(theta, phi, g, bias, chunk):
+    """Σ_j softmax_j(θ_i·φ_j + bias_j) g_j, `chunk` queries at a time."""
+    arguments = (phi, g) if bias is None else (phi, g, bias)
+    if chunk is None:
+        return _softmax_rows(theta, *arguments, recompute=False)
+    return _by_chunks(lambda theta: _softmax_rows(theta, *arguments, recompute=True), theta, chunk)
+
+
+def _softmax_rows(*arguments, recompute):
+    """Σ_j softmax_j(θ_i·φ_j + bias_j) g_j for `theta`, `phi`, `g` and, where there is one, `bias`.
+
+    Its gradient is written out: it takes fewer passes over the scores than the one that a backend derives, and needs
+    only the logarithm of the normaliser to compute the weights again.
+    """
+
+    @ops.custom_gradient
+    def operation(theta, phi, g, *bias):
+        scores = _bilinear_scores(theta, phi, *bias)  # B N M
+        weights = _softmax(scores)
+        y = ops.matmul(ops.cast(weights, g.dtype), g)
+        # The largest weight is exp(largest score) / normaliser.
+        largest_score, largest_weight = (ops.max(x, axis=-1, keepdims=True) for x in (scores, weights))
+        log_normalizer = largest_score - ops.log(largest_weight)
+        kept = log_normalizer if recompute else weights
+
+        def gradient(*arguments, upstream=None):
+            upstream = arguments[-1] if upstream is None else upstream
+            weights = ops.exp(_bilinear_scores(theta, phi, *bias) - kept) if recompute else kept
+            # Σ_j weights_ij (dy_i·g_j) = dy_i·y_i
+            shift = ops.sum(ops.cast(upstream, "float32") * ops.cast(y, "float32"), axis=-1, keepdims=True)  # B N 1
+            d_weights = ops.cast(ops.matmul(upstream, ops.transpose(g, (0, 2, 1))), "float32")  # B N M
+            d_scores = weights * (d_weights - shift)
+            d_scores_in = ops.cast(d_scores, theta.dtype)
+            return (
+                ops.matmul(d_scores_in, phi),
+                ops.matmul(ops.transpose(d_scores_in, (0, 2, 1)), theta),
+                ops.matmul(ops.transpose(ops.cast(weights, g.dtype), (0, 2, 1)), upstream),
+                *(ops.sum(d_scores, axis=1) for _ in bias),
+            )
+
+        return y, gradient
+
+    return operation(*arguments)
+
+
+def _bilinear_scores(theta, phi, bias=None):
+    scores = ops.cast(ops.matmul(theta, ops.transpose(phi, (0, 2, 1))), "float32")  # B N M
+    return scores if bias is None else scores + ops.expand_dims(bias, 1)
+
+
+def _scaled_bilinear(function, theta, phi, factor):
+    theta, phi, bias = function.bilinear(theta, phi)
+    if factor != 1.0:
+        # Scaling θ rather than the scores is N·C instead of N·M work, and keeps float16 scores small.
+        theta = theta * ops.cast(factor, theta.dtype)
+        bias = None if bias is None else bias * factor
+    return theta, phi, bias
+
+
+def _softmax(scores):
+    # Keras warns about a softmax over one key, which pooling a small window makes a regular case here.
+    return ops.ones_like(scores) if scores.shape[-1] == 1 else ops.softmax(scores, axis=-1)
+
+
+# --- Concatenation ----------------------------------------------------------------------------------------------------
+
+
+@ops.custom_gradient
+def _relu_sum(a, b, g):
+    """Σ_j ReLU(a_i + b_j) g_j for `a` (B, N), `b` (B, M), `g` (B, M, D), in float32.
+
+    With S0(i) and S1(i) the sums of g_j and of b_j g_j over the keys with b_j > -a_i, it is a_i S0(i) + S1(i). Those
+    keys are the first ones in descending order of b, so that prefix sums hold both. The gradient to g is the same with
+    the roles of queries and keys exchanged.
+    """
+    active_keys, active_queries = _count_active(a, b)  # B N, B M
+    sum_g, y = _active_sums(a, b, g, active_keys)
+
+    def gradient(*arguments, upstream=None):
+        upstream = arguments[-1] if upstream is None else upstream
+        sum_upstream, d_g = _active_sums(b, a, upstream, active_queries)
+        return ops.sum(sum_g * upstream, axis=-1), ops.sum(sum_upstream * g, axis=-1), d_g
+
+    return y, gradient
+
+
+def _active_sums(a, b, g, num_active):
+    """Σ_j g_j and Σ_j (a_i + b_j) g_j over the `num_active` first keys of each query, in descending order of b."""
+    order = ops.argsort(-b, axis=1)  # B M
+    origin = ops.mean(b, axis=1, keepdims=True)  # near 0, a_i S0 + S1 loses less in the difference
+    b = ops.take_along_axis(b - origin, order, axis=1)[:, :, None]
+    g = _take_rows(g, order)  # B M D
+    sums = ops.cumsum(ops.concatenate([g, b * g], axis=-1), axis=1)  # B M 2D
+    sums = ops.pad(sums, ((0, 0), (1, 0), (0, 0)))  # of no key
+    sums = _take_rows(sums, num_active)  # B N 2D
+    sum_g, sum_bg = ops.split(sums, 2, axis=-1)
+    return sum_g, (a + origin)[:, :, None] * sum_g + sum_bg
+
+
+def _count_active(a, b):
+    """Of each query the number of keys, and of each key the number of queries, with a_i + b_j > 0."""
+    num_queries = ops.shape(a)[1]
+    # Ascending, b_j > -a_i means that -b_j stands before a_i. Sorting is stable: at a_i + b_j = 0, a_i stands first.
+    order = ops.argsort(ops.concatenate([a, -b], axis=1), axis=1)  # B N+M
+    rank = ops.argsort(order, axis=1)  # the inverse permutation
+    keys_so_far = ops.cumsum(ops.cast(order >= num_queries, "int32"), axis=1)
+    keys_so_far = ops.take_along_axis(keys_so_far, rank, axis=1)
+    queries_so_far = rank + 1 - keys_so_far
+    return keys_so_far[:, :num_queries], num_queries - queries_so_far[:, num_queries:]
+
+
+def _take_rows(x, rows):
+    """`(B, M, E)` and row numbers `(B, N)` to `(B, N, E)`."""
+    batch, num_rows, channels = ops.shape(x)
+    first = ops.arange(batch, dtype="int32")[:, None] * num_rows
+    return ops.take(ops.reshape(x, (batch * num_rows, channels)), first + ops.cast(rows, "int32"), axis=0)
+
+
+# --- Any scores -------------------------------------------------------------------------------------------------------
+
+
+def _score_sum(function, theta, phi, g, score_kernel, factor, mask, chunk):
+    """Σ_j f(x_i, x_j) g_j, or the softmax's mean, from scores; chunks are recomputed in the backward pass."""
 
     # Tensors that need a gradient are positional: rematerialisation sends none to what is closed over.
     # The boolean mask needs none, and TensorFlow's rematerialisation refuses it as an argument.
-    arguments = (theta, phi, g) if score_kernel is None else (theta, phi, g, score_kernel)
+    def attend(theta, phi, g, *score_kernel):
+        scores = _scores(function, theta, phi, *(score_kernel or (None,)), factor)  # B K M
+        if mask is not None:
+            scores = ops.where(ops.expand_dims(mask, 1), scores, REMOVED if function.softmax else 0.0)
+        weights = _softmax(scores) if function.softmax else scores
+        return ops.matmul(ops.cast(weights, g.dtype), g)  # B K D
 
-    def attend(theta, phi, g, score_kernel=None):
-        weights = attention_weights(theta, phi, pairwise, score_kernel=score_kernel, scale=scale, mask=mask)
-        if function.softmax:
-            return ops.matmul(ops.cast(weights, g.dtype), g)  # B N D
-        root = _root(phi)
-        y = ops.matmul(ops.cast(weights * root, g.dtype), g)
-        return y * ops.cast(1.0 / root, g.dtype)
-
+    arguments = (phi, g) if score_kernel is None else (phi, g, score_kernel)
     if chunk is None:
-        return attend(*arguments)
-    return _in_chunks(attend, chunk, *arguments)
+        return attend(theta, *arguments)
+    attend = keras.remat(attend)
+    return _by_chunks(lambda theta: attend(theta, *arguments), theta, chunk)
+
+
+def _scores(function, theta, phi, score_kernel, factor):
+    """Scores in float32, `(B, N, M)`."""
+    if function.bilinear:
+        return _bilinear_scores(*_scaled_bilinear(function, theta, phi, factor))
+    if function.softmax and factor != 1.0:
+        theta = theta * ops.cast(factor, theta.dtype)
+    return ops.cast(function.scores(theta, phi, score_kernel), "float32")
+
+
+# --- Shared -----------------------------------------------------------------------------------------------------------
 
 
 def _check_score_kernel(function, score_kernel, channels):
@@ -214,30 +438,9 @@ def _check_score_kernel(function, score_kernel, channels):
         )
 
 
-def _softmax(scores):
-    # Keras warns about a softmax over one key, which pooling a small window makes a regular case here.
-    return ops.ones_like(scores) if scores.shape[-1] == 1 else ops.softmax(scores, axis=-1)
-
-
 def _num_valid(mask):
     # (B, M) -> (B, 1, 1); at least 1, so that a sample without valid keys gives 0 / 1.
     return ops.maximum(ops.sum(ops.cast(mask, "float32"), axis=-1), 1.0)[:, None, None]
-
-
-def _is_cheaper(num_queries, num_keys, channels, value_channels):
-    if num_queries is None or num_keys is None:
-        return True  # unknown sizes: the order that cannot blow up
-    linear = (num_queries + num_keys) * channels * value_channels
-    quadratic = num_queries * num_keys * (channels + value_channels)
-    return linear <= quadratic
-
-
-def _reassociated(function, theta, phi, g, mask):
-    root = _root(phi)
-    if mask is not None:
-        g = ops.where(mask[:, :, None], g, ops.zeros_like(g))
-    y = function.reassociate(theta, phi, g * ops.cast(1.0 / root, g.dtype))
-    return y * ops.cast(1.0 / root if mask is None else root / _num_valid(mask), g.dtype)
 
 
 def _root(phi):
@@ -264,20 +467,22 @@ def chunk_size(query_chunk_size, num_queries, num_keys):
     return query_chunk_size
 
 
-def _in_chunks(attend, chunk, theta, *keys):
-    """`attend(theta, *keys)`, `chunk` queries at a time, recomputed in the backward pass."""
+def _without_removed(x, mask):
+    # What a removed key holds must not matter, be it infinite.
+    return ops.where(mask[:, :, None], x, ops.zeros_like(x))
+
+
+def _by_chunks(attend, theta, chunk):
+    """`attend(theta)` of `(B, N, C)`, at most `chunk` queries at a time."""
     batch, num_queries, channels = ops.shape(theta)
-    if isinstance(num_queries, int):
-        chunk = max(min(num_queries, chunk), 1)
-    else:
-        chunk = ops.maximum(ops.minimum(num_queries, chunk), 1)
     num_chunks = (num_queries + chunk - 1) // chunk
-    padding = ops.zeros((batch, num_chunks * chunk - num_queries, channels), dtype=theta.dtype)
-    rows = ops.concatenate([theta, padding], axis=1)
-    rows = ops.reshape(rows, (batch, num_chunks, chunk, channels))
-    rows = ops.transpose(rows, (1, 0, 2, 3))  # chunks B chunk C
-    attend = keras.remat(attend)
-    result = ops.map(lambda theta: attend(theta, *keys), rows)  # chunks B chunk D
-    result = ops.transpose(result, (1, 0, 2, 3))
-    result = ops.reshape(result, (batch, num_chunks * chunk, result.shape[-1]))
-    return result[:, :num_queries]
+    if isinstance(num_queries, int):
+        num_chunks = max(num_chunks, 1)
+    else:
+        num_chunks = ops.maximum(num_chunks, 1)
+    rows = (num_queries + num_chunks - 1) // num_chunks  # as even as can be; the last chunk is filled with zeros
+    padding = ops.zeros((batch, num_chunks * rows - num_queries, channels), dtype=theta.dtype)
+    theta = ops.reshape(ops.concatenate([theta, padding], axis=1), (batch, num_chunks, rows, channels))
+    y = ops.map(attend, ops.transpose(theta, (1, 0, 2, 3)))  # chunks B K D
+    y = ops.reshape(ops.transpose(y, (1, 0, 2, 3)), (batch, num_chunks * rows, y.shape[-1]))
+    return y[:, :num_queries]

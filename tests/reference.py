@@ -7,7 +7,7 @@ import itertools
 
 import numpy as np
 
-SOFTMAX = ("gaussian", "embedded_gaussian")
+SOFTMAX = ("gaussian", "embedded_gaussian", "euclidean_gaussian")
 
 
 def attention(theta, phi, pairwise, score_kernel=None, scale=None, mask=None):
@@ -24,7 +24,9 @@ def attention(theta, phi, pairwise, score_kernel=None, scale=None, mask=None):
         for i in range(num_queries):
             f = {}
             for j in valid:
-                if pairwise in SOFTMAX:
+                if pairwise == "euclidean_gaussian":
+                    f[j] = -factor * np.sum(np.square(theta[b, i] - phi[b, j]))
+                elif pairwise in SOFTMAX:
                     f[j] = factor * np.dot(theta[b, i], phi[b, j])
                 elif pairwise == "dot_product":
                     f[j] = np.dot(theta[b, i], phi[b, j])

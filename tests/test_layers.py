@@ -12,7 +12,7 @@ from keras_nonlocal import NonLocal1D, NonLocal2D, NonLocal3D
 from tests import reference
 from tests.descriptors import layer_weights, randomise
 
-PAIRWISE = ("gaussian", "embedded_gaussian", "dot_product", "concatenation")
+PAIRWISE = ("gaussian", "embedded_gaussian", "euclidean_gaussian", "dot_product", "concatenation")
 SHAPES = {NonLocal1D: (2, 8, 5), NonLocal2D: (2, 4, 6, 5), NonLocal3D: (2, 4, 4, 3, 5)}
 SETTINGS = {
     NonLocal1D: [

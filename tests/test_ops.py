@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from keras_nonlocal import ops as knl_ops
 from tests import reference
 
-PAIRWISE = ("gaussian", "embedded_gaussian", "dot_product", "concatenation")
+PAIRWISE = ("gaussian", "embedded_gaussian", "euclidean_gaussian", "dot_product", "concatenation")
 SIZES = ((7, 5), (5, 7), (1, 5), (7, 1), (1, 1))  # N, M
 TENSORS = ("theta", "phi", "g", "score_kernel")
 
