@@ -137,6 +137,24 @@ def test_keras_file(descriptor, tmp_path):
     assert_equal(other(x, training=False), expected)
 
 
+@pytest.mark.filterwarnings("ignore:.*does not have a `quantize` method")
+@costly(LAYERS)
+def test_quantized(descriptor, tmp_path):
+    """`model.quantize` reaches the projections, which are dense layers, and files keep what it did."""
+    model, x, expected = ready(descriptor)
+    model.quantize("int8")
+    kernels = [weight.path.split("/")[-2] for weight in model.weights if dtype_of(weight) == "int8"]
+    embedded = descriptor.options.get("pairwise") != "gaussian"
+    assert sorted(kernels) == (["g", "out", "phi", "theta"] if embedded else ["g", "out"])
+    quantized = to_numpy(model(x, training=False))
+    assert (quantized != expected).any()
+    assert_close(quantized - x, expected - x, 0.03)
+    for _ in range(2):  # what was loaded can be saved
+        model.save(tmp_path / "model.keras")
+        model = keras.saving.load_model(tmp_path / "model.keras")
+        assert_equal(model(x, training=False), quantized)
+
+
 # Numbers
 
 
@@ -162,7 +180,7 @@ def test_mixed_precision(descriptor, precision, policy):
 def test_gradient_reaches_every_weight(descriptor):
     model, x, expected = ready(descriptor)
     direction = np.random.default_rng(1).normal(size=expected.shape).astype("float32")
-    _, gradients = weight_gradients(model, lambda z: ops.sum(z * direction), x, training=False)
+    _, gradients = weight_gradients(model, lambda z: ops.sum(ops.multiply(z, direction)), x, training=False)
     for weight, gradient in zip(model.trainable_weights, gradients, strict=True):
         if weight.path.endswith("phi/bias") and _is_softmax(model, weight):
             continue  # adds the same to all scores of a query: a softmax does not see it

@@ -95,5 +95,3 @@ def test_chunks_are_recomputed_in_the_backward_pass(rng, monkeypatch):
     step(x, 4)
     # 1, and 3 more: map traces it twice, the backward pass once. Without recomputation it is 2.
     assert len(calls) >= 4
-
-
