@@ -91,7 +91,7 @@ class _NonLocal(keras.layers.Layer):
                 epsilon=1e-5,
                 gamma_initializer="zeros",
                 name="norm",
-                dtype=self.dtype_policy,
+                dtype=self._policy("norm"),
                 trainable=self.trainable,
             )
             self.norm.build((None,) + positions + (channels,))
@@ -202,6 +202,7 @@ class _NonLocal(keras.layers.Layer):
             bias_initializer=keras.initializers.serialize(self.bias_initializer),
             kernel_regularizer=keras.regularizers.serialize(self.kernel_regularizer),
         )
+        config["dtype"] = keras.dtype_policies.serialize(self._policies())
         return config
 
     # Arguments and shapes
@@ -287,11 +288,31 @@ class _NonLocal(keras.layers.Layer):
             bias_initializer=_fresh(self.bias_initializer, name),
             kernel_regularizer=self.kernel_regularizer,
             name=name,
-            dtype=self.dtype_policy,
+            dtype=self._policy(name),
             trainable=self.trainable,  # Keras passes on what is set later, but not what was set before `build`
         )
         dense.build((None, None, channels))
         return dense
+
+    def _policy(self, name):
+        """The dtype policy of a sublayer."""
+        policy = self.dtype_policy
+        if not isinstance(policy, keras.dtype_policies.DTypePolicyMap):
+            return policy
+        return policy[name if name in policy else f"{self.path}/{name}"]
+
+    def _policies(self):
+        """The layer's own dtype policy, with those of the projections that `model.quantize` has changed: a copy must
+        build its weights as they are here."""
+        parts = (self.theta, self.phi, self.g, self.out) if self.built else ()
+        quantized = {part.name: part.dtype_policy for part in parts if part is not None and part.quantization_mode}
+        policy = self.dtype_policy
+        if not quantized:
+            return policy
+        if isinstance(policy, keras.dtype_policies.DTypePolicyMap):
+            quantized = dict(policy) | quantized
+            policy = policy.default_policy
+        return keras.dtype_policies.DTypePolicyMap(policy.name, quantized)
 
     def _score_kernel(self):
         # As a tensor of the compute dtype: custom gradients take tensors, not variables.
@@ -401,17 +422,21 @@ def _max_pool(x, pool_size):
     """
     batch, *sizes, channels = list(ops.shape(x))
     if len(sizes) == 2:
-        return ops.max_pool(x, pool_size, data_format="channels_last")
+        return _max_pool2d(x, pool_size)
     if len(sizes) == 3 and pool_size[1:] != (1, 1):
-        frames = ops.reshape(x, (batch * sizes[0], *sizes[1:], channels))
-        frames = ops.max_pool(frames, pool_size[1:], data_format="channels_last")
+        frames = _max_pool2d(ops.reshape(x, (batch * sizes[0], *sizes[1:], channels)), pool_size[1:])
         sizes[1:] = [size // pool for size, pool in zip(sizes[1:], pool_size[1:], strict=True)]
         x = ops.reshape(frames, (batch, *sizes, channels))
     if pool_size[0] != 1:
         steps = ops.reshape(x, (batch, sizes[0], math.prod(sizes[1:]), channels))
-        steps = ops.max_pool(steps, (pool_size[0], 1), data_format="channels_last")
+        steps = _max_pool2d(steps, (pool_size[0], 1))
         x = ops.reshape(steps, (batch, sizes[0] // pool_size[0], *sizes[1:], channels))
     return x
+
+
+def _max_pool2d(x, pool_size):
+    # The strides are spelled out: on JAX, Keras takes a tuple of sizes without them for something else and fails.
+    return ops.max_pool(x, pool_size, strides=pool_size, data_format="channels_last")
 
 
 _ARGUMENTS = """

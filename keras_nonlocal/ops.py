@@ -169,6 +169,7 @@ def attention_weights(theta, phi, pairwise="embedded_gaussian", *, score_kernel=
     >>> np.asarray(weights)[0, 0].tolist()
     [0.25, 0.25, 0.25, 0.25]
     """
+    theta, phi = ops.convert_to_tensor(theta), ops.convert_to_tensor(phi)
     function = get_pairwise(pairwise)
     _check_score_kernel(function, score_kernel, theta.shape[-1])
     factor = get_scale(scale, theta.shape[-1])
@@ -243,6 +244,7 @@ def non_local(
     >>> tuple(y.shape)
     (2, 6, 4)
     """
+    theta, phi, g = (ops.convert_to_tensor(tensor) for tensor in (theta, phi, g))  # PyTorch: no arrays times tensors
     function = get_pairwise(pairwise)
     theta, phi, g = (ops.convert_to_tensor(x) for x in (theta, phi, g))
     num_queries, num_keys, channels, value_channels = theta.shape[1], phi.shape[1], theta.shape[-1], g.shape[-1]

@@ -14,6 +14,19 @@ if ROOT not in sys.path:
 
 import pytest  # noqa: E402
 
+# What runs on the other backends. The rest is TensorFlow's (tf.data, SavedModels, unknown sizes), or reads no tensor.
+# Not collected rather than skipped: a test that appears has run.
+PORTABLE = {
+    "jax": ("ops", "layers", "conformance", "compiled", "ops_jax"),
+    "torch": ("ops", "layers", "conformance"),
+}
+BACKEND = os.environ["KERAS_BACKEND"]
+if BACKEND == "tensorflow":
+    collect_ignore = ["test_ops_jax.py"]
+else:
+    portable = {f"test_{name}.py" for name in PORTABLE[BACKEND]}
+    collect_ignore = [path.name for path in Path(__file__).parent.glob("test_*.py") if path.name not in portable]
+
 
 def pytest_configure(config):
     config.addinivalue_line("markers", "slow: takes longer than a few seconds")

@@ -4,6 +4,7 @@ Maps are channels-last, `(batch, *positions, channels)`. Loops are on purpose.
 """
 
 import itertools
+import math
 
 import numpy as np
 
@@ -101,11 +102,11 @@ def _window_attention(x, mask, weights, pairwise, pool_size, scale):
     """Of one window's map: f / C `(B, N, M)`, g of the keys, and the sizes of the key map."""
     keys, valid = pool_map(x, mask, pool_size or (1,) * (x.ndim - 2))
     key_sizes = keys.shape[1:-1]
-    queries = x.reshape(len(x), -1, x.shape[-1])
-    keys = keys.reshape(len(x), -1, x.shape[-1])
+    queries = x.reshape(len(x), math.prod(x.shape[1:-1]), x.shape[-1])
+    keys = keys.reshape(len(x), math.prod(key_sizes), x.shape[-1])
     theta = dense(queries, weights["theta"]) if "theta" in weights else queries
     phi = dense(keys, weights["phi"]) if "phi" in weights else keys
-    f = attention(theta, phi, pairwise, weights.get("score_kernel"), scale, valid.reshape(len(x), -1))
+    f = attention(theta, phi, pairwise, weights.get("score_kernel"), scale, valid.reshape(keys.shape[:2]))
     return f, dense(keys, weights["g"]), key_sizes
 
 

@@ -1,0 +1,38 @@
+"""Compiled by XLA, with known sizes: the same values and gradients as eagerly. Not on PyTorch, see `backends.jit`."""
+
+import numpy as np
+import pytest
+from keras import ops
+
+from keras_nonlocal import ops as knl_ops
+from tests import reference
+from tests.backends import assert_close, gradients, jit
+from tests.descriptors import SMALL
+from tests.test_conformance import costly, ready
+from tests.test_ops import PAIRWISE, make_arguments, make_mask
+
+
+@costly(SMALL)
+def test_compiled(descriptor):
+    model, x, expected = ready(descriptor)
+    compiled = jit(lambda x: model(x, training=False))
+    assert_close(compiled(x), expected, 1e-4)
+
+
+@pytest.mark.parametrize("query_chunk_size", [None, 3])
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("pairwise", PAIRWISE)
+def test_compiled_operation(rng, pairwise, masked, query_chunk_size):
+    arguments = make_arguments(rng, pairwise)
+    mask = make_mask(rng, 2, 5) if masked else None
+
+    def function(*tensors):
+        tensors = dict(zip(arguments, tensors, strict=True))
+        y = knl_ops.non_local(**tensors, pairwise=pairwise, mask=mask, query_chunk_size=query_chunk_size)
+        return y * ops.cast(ops.arange(7)[:, None], "float32")  # so that the gradients of queries differ
+
+    expected = reference.non_local(**arguments, pairwise=pairwise, mask=mask) * np.arange(7.0)[:, None]
+    arrays = list(arguments.values())
+    assert_close(jit(function)(*arrays), expected)
+    for actual, eager in zip(gradients(jit(function), arrays)[1], gradients(function, arrays)[1], strict=True):
+        assert_close(actual, eager)
