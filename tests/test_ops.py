@@ -107,40 +107,6 @@ def test_gradients(rng, pairwise, masked):
             assert_close(gradient, expected[name], 1e-4)
 
 
-@pytest.mark.parametrize("masked", [False, True])
-def test_gradients_of_the_quadratic_dot_product(rng, masked, monkeypatch):
-    # The sizes of test_gradients choose one order; both must have the same gradient.
-    arguments = make_arguments(rng, "dot_product")
-    mask = make_mask(rng, 2, 5) if masked else None
-    results = []
-    for cheaper in (True, False):
-        monkeypatch.setattr(knl_ops, "_is_cheaper", lambda *sizes, cheaper=cheaper: cheaper)
-
-        def squared(*tensors):
-            return knl_ops.non_local(*tensors, pairwise="dot_product", mask=mask, query_chunk_size=2) ** 2
-
-        value, gradient = gradients(squared, list(arguments.values()))
-        results.append([value, *gradient])
-    for reassociated, quadratic in zip(*results, strict=True):
-        assert_close(reassociated, quadratic, 1e-5)
-
-
-def test_dot_product_takes_the_cheaper_order(rng, monkeypatch):
-    calls = []
-
-    def spy(*arguments, original=knl_ops._reassociated):
-        calls.append(arguments)
-        return original(*arguments)
-
-    monkeypatch.setattr(knl_ops, "_reassociated", spy)
-    few = make_arguments(rng, "dot_product", 2, 2, channels=8, values=8)  # 256 against 64
-    knl_ops.non_local(**few, pairwise="dot_product")
-    assert not calls
-    many = make_arguments(rng, "dot_product", 16, 16, channels=3, values=3)  # 288 against 1536
-    knl_ops.non_local(**many, pairwise="dot_product")
-    assert len(calls) == 1
-
-
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 @pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize("pairwise", PAIRWISE)
@@ -258,14 +224,14 @@ def test_automatic_chunks(rng, monkeypatch):
     monkeypatch.setattr(knl_ops, "AUTO_MAX_SCORES", 100)
     calls = []
 
-    def spy(attend, chunk, *arguments, original=knl_ops._in_chunks):
+    def spy(attend, theta, chunk, original=knl_ops._by_chunks):
         calls.append(chunk)
-        return original(attend, chunk, *arguments)
+        return original(attend, theta, chunk)
 
-    monkeypatch.setattr(knl_ops, "_in_chunks", spy)
+    monkeypatch.setattr(knl_ops, "_by_chunks", spy)
     arguments = make_arguments(rng, "gaussian", 70, 5)
     y = knl_ops.non_local(**arguments, pairwise="gaussian")
-    assert calls == [32]  # 70 rows are 32, 32 and 6
+    assert calls == [32]  # 70 rows are 24, 24 and 22
     assert_close(y, reference.non_local(**arguments, pairwise="gaussian"), 1e-5)
 
 

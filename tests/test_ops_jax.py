@@ -29,3 +29,15 @@ def test_chunks_bound_the_scores():
 
     assert largest(None) >= num_queries * num_keys  # the measure sees what it looks for
     assert 16 * num_keys <= largest(16) < num_queries * num_keys  # and looks into the loop
+
+
+def test_keys_are_kept_once():
+    """The backward pass of a chunked call holds the keys, not one copy of them for each chunk."""
+    num_queries, num_keys, channels = 128, 64, 32
+
+    def total(theta, phi, g):
+        return knl_ops.non_local(theta, phi, g, query_chunk_size=8).sum()
+
+    arrays = [jnp.ones((1, n, channels)) for n in (num_queries, num_keys, num_keys)]
+    jaxpr = jax.make_jaxpr(jax.grad(total, argnums=(0, 1, 2)))(*arrays).jaxpr
+    assert max(sizes(jaxpr)) <= num_queries * channels < 16 * num_keys * channels
