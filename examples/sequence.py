@@ -8,9 +8,9 @@ The series are those that the PyPI package seglearn ships: 10 people do 7 should
 with the left and once with the right arm, and a smartwatch records acceleration and rotation at 50 Hz. That is 140
 series of 19 to 52 seconds. They are as long as they are: batches are padded, and a mask says where each series ends.
 
-The same small network is trained without and with two blocks. Everybody is held out once, so every series counts. The
-script says what comes out, whichever it is: which exercise it is can be told from any few seconds, so nothing here asks
-for a relation between distant steps. `examples/quickstart.py` has a task that does.
+The same small network is trained without and with two blocks. Everybody is held out once, so every series counts, and
+the script says what comes out, whichever it is. An exercise is one movement, 20 times over: nothing here asks for a
+relation between distant steps. `examples/quickstart.py` has a task that does.
 """
 
 import argparse
@@ -221,8 +221,9 @@ def parse(argv):
     parser.add_argument("--seed", type=int, default=0, help="first seed of folds and training (default: %(default)s)")
     parser.add_argument("--seeds", type=int, default=1, help="how often all is repeated (default: %(default)s)")
     arguments = parser.parse_args(argv)
-    if arguments.seeds < 1:
-        parser.error(f"argument --seeds: must be at least 1. Received: {arguments.seeds}")
+    for name, smallest in (("seed", 0), ("seeds", 1)):
+        if getattr(arguments, name) < smallest:
+            parser.error(f"argument --{name}: must be at least {smallest}. Received: {getattr(arguments, name)}")
     return arguments
 
 
@@ -232,7 +233,10 @@ def main(argv=None):
     size = QUICK if arguments.quick else FULL
     series, exercises, people = load_series()
     out = pathlib.Path(arguments.out + ("-quick" if arguments.quick else "")).resolve()
-    out.mkdir(parents=True, exist_ok=True)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        sys.exit(f"The folder of the results cannot be made; give another by --out. {error}")
     lengths = [len(samples) for samples in series]
     print(
         f"{len(series)} series of {min(lengths)} to {max(lengths)} steps, {len(np.unique(people))} people in "

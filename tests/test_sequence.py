@@ -183,8 +183,14 @@ def test_names_what_to_install(monkeypatch, tmp_path):
         sequence.locate()
 
 
-@pytest.mark.parametrize("arguments", [["--seed", "x"], ["--seeds", "0"], ["--unknown"]])
+@pytest.mark.parametrize("arguments", [["--seed", "x"], ["--seed", "-1"], ["--seeds", "0"], ["--unknown"]])
 def test_bad_arguments_are_refused(arguments, capsys):
     with pytest.raises(SystemExit, match="2"):
         sequence.main(arguments)
     assert "error: " in capsys.readouterr().err
+
+
+def test_an_impossible_folder_is_named(tmp_path):
+    (tmp_path / "file-quick").touch()
+    with pytest.raises(SystemExit, match=r"^[^\n]*give another by --out\. [^\n]*file-quick'$"):
+        sequence.main(["--quick", "--out", str(tmp_path / "file")])
