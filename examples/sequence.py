@@ -1,7 +1,7 @@
 """Non-local blocks on real series: which exercise does a watch feel, on people it has never met?
 
     pip install ".[test]"
-    python examples/sequence.py            # about two minutes on 2 cores
+    python examples/sequence.py            # 230 processor seconds: two to three minutes on 2 idle cores
     python examples/sequence.py --quick    # the same steps, hardly any training: its figures mean nothing
 
 The series are those that the PyPI package seglearn ships: 10 people do 7 shoulder exercises, 20 repetitions each, once
