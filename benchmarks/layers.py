@@ -83,6 +83,7 @@ class Process:
             stdout=subprocess.PIPE,
             stderr=None if options.verbose else subprocess.DEVNULL,
             env=environment,
+            bufsize=0,  # a second reply in a buffer would not wake the selector
         )
 
     def tell(self, **request):
@@ -148,7 +149,7 @@ def list_cases(descriptions, options):
     for size, shape in (QUICK_SIZES if options.quick else SIZES).items():
         growth = size.startswith("growth")
         for pairwise, embedded in table.items():
-            for pool in (False,) if growth else (False, True):
+            for pool in (False,) if growth else (True,) if options.quick else (False, True):
                 able = tuple(
                     peer
                     for peer, description in descriptions.items()

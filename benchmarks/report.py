@@ -277,9 +277,9 @@ def notes(results):
         "MHA stand in the same block: the same projections, pooling and sum."
     )
     yield (
-        "- *naive TF* holds all scores, and repeats and concatenates for the concatenation form, as published code does. "
-        "*Broadcast* is that form with a_i + b_j instead, which nobody publishes: it is in the ratios of the tables, "
-        "but no peer of the targets."
+        "- *naive TF* holds all scores, and repeats and concatenates for the concatenation form, as published code "
+        "does. *Broadcast* is that form with a_i + b_j instead, which nobody publishes: it is in the ratios of the "
+        "tables, but no peer of the targets."
     )
     yield (
         f"- Fails: *> {results['timeout']:g} s* is the time limit of one run, *out of memory* a process of more than "
