@@ -295,7 +295,8 @@ def tensorflow_passes(call, variables, x, cotangent):
         with tf.GradientTape() as tape:
             tape.watch(x)
             loss = tf.reduce_sum(call(x) * cotangent)
-        return tape.gradient(loss, [x, *variables])
+        # The loss too: a graph leaves out what nobody asks for, here the last product of the forward pass.
+        return [*tape.gradient(loss, [x, *variables]), loss]
 
     # Traced here, so that the memory of a run is that of computing.
     return {"forward": lambda: [forward(x)], "both": lambda: both(x)}, {
@@ -390,7 +391,7 @@ class Worker:
         if self.peer == "ours":
             from keras_nonlocal.ops import PAIRWISE
 
-            reply["table"] = {name: function.embedded for name, function in PAIRWISE.items()}
+            reply["table"] = {name: bool(function.projections) for name, function in PAIRWISE.items()}
         return reply
 
     def build(self, pairwise, embedded, shape, pool):
