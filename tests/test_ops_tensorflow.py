@@ -1,6 +1,5 @@
 """What only TensorFlow has: sizes unknown while tracing, and graphs to look into."""
 
-import numpy as np
 import pytest
 import tensorflow as tf
 
