@@ -42,7 +42,7 @@ def gradients(function, arrays):
     Zero where none arrives, on every backend.
     """
     tensors = [ops.convert_to_tensor(array) for array in arrays]
-    value, result = _gradients(lambda *tensors: ops.sum(function(*tensors)), tensors)
+    value, result = value_and_gradients(lambda *tensors: ops.sum(function(*tensors)), tensors)
     return to_numpy(value), [to_numpy(gradient) for gradient in result]
 
 
@@ -61,11 +61,12 @@ def weight_gradients(model, loss, inputs, **options):
         def function(*weights):
             return loss(model(inputs, **options))
 
-    value, result = _gradients(function, weights)
+    value, result = value_and_gradients(function, weights)
     return to_numpy(value), [to_numpy(gradient) for gradient in result]
 
 
-def _gradients(function, tensors):
+def value_and_gradients(function, tensors):
+    """Of a function with one number as its result; tensors in and out, so that it can be compiled."""
     if BACKEND == "tensorflow":
         import tensorflow as tf
 
@@ -86,8 +87,11 @@ def _gradients(function, tensors):
 
 
 def jit(function):
-    """Compiled by XLA, for fixed shapes. PyTorch has no part in it: Keras runs it eagerly unless told otherwise, and its
-    compiler wants a C++ tool chain at run time; tests of compiled code are not collected there."""
+    """Compiled by XLA, for fixed shapes.
+
+    PyTorch has no part in it: Keras runs it eagerly unless told otherwise, and its compiler wants a C++ tool chain at
+    run time. Tests of compiled code are not collected there.
+    """
     if BACKEND == "tensorflow":
         import tensorflow as tf
 
