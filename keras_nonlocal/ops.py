@@ -432,9 +432,8 @@ def _scores(function, theta, phi, score_kernel, factor):
     """Scores in float32, `(B, N, M)`."""
     if function.bilinear:
         return _bilinear_scores(*_scaled_bilinear(function, theta, phi, factor))
-    if function.softmax and factor != 1.0:
-        theta = theta * ops.cast(factor, theta.dtype)
-    return ops.cast(function.scores(theta, phi, score_kernel), "float32")
+    scores = ops.cast(function.scores(theta, phi, score_kernel), "float32")
+    return scores * factor if function.softmax and factor != 1.0 else scores
 
 
 # --- Shared -----------------------------------------------------------------------------------------------------------

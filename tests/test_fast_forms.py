@@ -12,7 +12,7 @@ from keras import ops
 from keras_nonlocal import layers
 from keras_nonlocal import ops as knl_ops
 from tests import reference
-from tests.backends import assert_close, assert_equal, gradients, to_numpy
+from tests.backends import assert_close, gradients, to_numpy
 from tests.descriptors import layer_weights, randomise
 
 
@@ -108,7 +108,7 @@ def test_many_positions(rng, linear):
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_half_precision(rng, linear, dtype):
-    arrays = make(rng, 2, 50, 4_000, 3, 4)
+    arrays = make(rng, 1, 20, 2_000, 3, 4)
     arrays[2] = np.abs(arrays[2])  # so that the sum does not cancel
     half = [ops.cast(x, dtype) for x in arrays]
     y = concatenation(*half)
@@ -255,4 +255,3 @@ def test_a_new_entry(rng, laplacian, cls, query_chunk_size):
     assert_close(layer(x, mask=mask), expected)
     attention = to_numpy(layer.attention(x, [[0] * cls.rank], mask=mask))
     assert_close(attention.reshape(2, -1), (f / f.sum(-1, keepdims=True))[:, 0])
-    assert_equal(ops.shape(layer(x)), x.shape)
