@@ -21,6 +21,7 @@ _OF_ALL_RANKS = {
 _OF_RANK = {
     1: {"chunks": {"query_chunk_size": 5, "scale": "sqrt"}},
     2: {
+        "euclidean_gaussian": {"pairwise": "euclidean_gaussian", "pool_size": (2, 1), "scale": 0.1},
         "no_normalization": {"normalization": None, "bias_initializer": "ones", "scale": 0.5},
         "window_pool_chunks": {
             "window": (3, None),

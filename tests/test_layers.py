@@ -1,5 +1,6 @@
 """Whole blocks against the float64 twin, and everything a block promises."""
 
+import dataclasses
 import itertools
 import re
 
@@ -11,8 +12,9 @@ from hypothesis import strategies as st
 from keras import ops
 
 from keras_nonlocal import NonLocal1D, NonLocal2D, NonLocal3D
+from keras_nonlocal import ops as knl_ops
 from tests import reference
-from tests.backends import assert_close, assert_equal, to_numpy
+from tests.backends import assert_close, assert_equal, gradients, to_numpy, weight_gradients
 from tests.descriptors import layer_weights, randomise
 
 PAIRWISE = ("gaussian", "embedded_gaussian", "euclidean_gaussian", "dot_product", "concatenation")
@@ -80,13 +82,56 @@ def as_twin(cls, options):
 @pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize("pairwise", PAIRWISE)
 @pytest.mark.parametrize(("cls", "setting"), CASES, ids=CASE_IDS)
-def test_block(rng, cls, setting, pairwise, masked):
+def test_block(rng, monkeypatch, cls, setting, pairwise, masked):
     x = make_inputs(rng, cls)
     mask = make_mask(rng, cls) if masked else None
     layer = make_layer(cls, pairwise=pairwise, **setting)
     expected = reference.block(x, layer_weights(layer), pairwise, mask=mask, **as_twin(cls, setting))
     assert np.abs(expected - x).max() > 0.1  # something happened
     assert_close(layer(x, mask=mask), expected)
+    chunks = make_layer(cls, pairwise=pairwise, query_chunk_size=5, **setting)
+    assert_close(chunks(x, mask=mask), expected)
+    if layer.function.linear:  # maps of this size take one of the forms only
+        linear = dataclasses.replace(layer.function, is_linear_cheaper=lambda *sizes: True)
+        monkeypatch.setitem(knl_ops.PAIRWISE, pairwise, linear)
+        assert_close(layer(x, mask=mask), expected)
+
+
+@pytest.mark.parametrize("pairwise", PAIRWISE)
+@pytest.mark.parametrize(("cls", "setting"), CASES, ids=CASE_IDS)
+def test_gradients_of_a_block(rng, cls, setting, pairwise):
+    """To the inputs and to every weight, in a random direction, against the twin's difference quotient."""
+    x, mask = make_inputs(rng, cls), make_mask(rng, cls)
+    layer = make_layer(cls, pairwise=pairwise, query_chunk_size=5, **setting)
+    cotangent = rng.normal(size=x.shape).astype("float32")
+    _, (d_x,) = gradients(lambda x: layer(x, mask=mask) * cotangent, [x])
+    _, d_weights = weight_gradients(layer, lambda z: ops.sum(z * cotangent), x, mask=mask)
+    weights = layer_weights(layer)
+    d_weights = {
+        tuple(weight.path.split("/")[-2:]): gradient
+        for weight, gradient in zip(layer.trainable_weights, d_weights, strict=True)
+    }
+
+    def loss(x, weights):
+        return np.sum(reference.block(x, weights, pairwise, mask=mask, **as_twin(cls, setting)) * cotangent)
+
+    def assert_slope(gradient, value, moved):
+        direction = rng.normal(size=np.shape(value))
+        ends = [loss(*moved(np.float64(value) + sign * 1e-6 * direction)) for sign in (1, -1)]
+        slope = (ends[0] - ends[1]) / 2e-6
+        assert abs(np.sum(np.float64(gradient) * direction) - slope) <= 1e-4 * np.linalg.norm(gradient) + 1e-5
+
+    assert_slope(d_x, x, lambda x: (x, weights))
+    for part in set(weights) - {"score_kernel"}:
+        for index, name in enumerate(("gamma", "beta") if part == "norm" else ("kernel", "bias")):
+
+            def moved(value, part=part, index=index):
+                return x, weights | {part: [*weights[part][:index], value, *weights[part][index + 1 :]]}
+
+            assert_slope(d_weights[part, name], weights[part][index], moved)
+    if "score_kernel" in weights:
+        name = next(key for key in d_weights if key[-1] == "score_kernel")
+        assert_slope(d_weights[name], weights["score_kernel"], lambda value: (x, weights | {"score_kernel": value}))
 
 
 @pytest.mark.parametrize(
