@@ -106,9 +106,9 @@ class _NonLocal(keras.layers.Layer):
         keys, key_mask = self._pool(x_windows, mask_windows)
         queries, keys = _flatten(x_windows), _flatten(keys)  # BW N C, BW M C
         y = nonlocal_ops.non_local(
-            queries if self.theta is None else self.theta(queries),
-            keys if self.phi is None else self.phi(keys),
-            self.g(keys),
+            _project(self.theta, queries),
+            _project(self.phi, keys),
+            _project(self.g, keys),
             self.pairwise,
             score_kernel=self._score_kernel(),
             scale=self.scale,
@@ -116,7 +116,7 @@ class _NonLocal(keras.layers.Layer):
             query_chunk_size=self.query_chunk_size,
         )  # BW N D
         y = _unwindow(y, self._window_sizes(sizes), sizes)  # B S D
-        z = self.out(y)
+        z = _project(self.out, y)
         if self.norm is not None:
             # Batch statistics of valid positions only: what the padding holds must not matter.
             z = self.norm(z, training=training, mask=mask)
@@ -168,8 +168,8 @@ class _NonLocal(keras.layers.Layer):
         x_queries = ops.take(_flatten(x), query_position, axis=1)  # B Q C
         x_queries = ops.reshape(x_queries, (batch * num_queries, 1, channels))
         weights = nonlocal_ops.attention_weights(
-            x_queries if self.theta is None else self.theta(x_queries),
-            keys if self.phi is None else self.phi(keys),
+            _project(self.theta, x_queries),
+            _project(self.phi, keys),
             self.pairwise,
             score_kernel=self._score_kernel(),
             scale=self.scale,
@@ -291,7 +291,7 @@ class _NonLocal(keras.layers.Layer):
             dtype=self._policy(name),
             trainable=self.trainable,  # Keras passes on what is set later, but not what was set before `build`
         )
-        dense.build((None, None, channels))
+        dense.build((None, channels))
         return dense
 
     def _policy(self, name):
@@ -384,6 +384,18 @@ def _ravel(columns, sizes):
     for column, size in zip(columns[1:], sizes[1:], strict=True):
         index = index * size + column
     return index
+
+
+def _project(dense, x):
+    """`(…, C)` to `(…, units)`; without a projection, x itself.
+
+    All positions of all samples at once: one plain product is faster than a batched one, above all backward.
+    """
+    if dense is None:
+        return x
+    *positions, channels = list(ops.shape(x))
+    y = dense(ops.reshape(x, (math.prod(positions), channels)))
+    return ops.reshape(y, (*positions, y.shape[-1]))
 
 
 def _flatten(x):

@@ -25,8 +25,8 @@ from collections.abc import Callable
 import keras
 from keras import ops
 
-# Scores of one sample that are held whole before "auto" cuts the queries into chunks of half of that (float32: 64 MiB).
-# Chunks are computed twice in training, which takes about an eighth longer.
+# Scores of one sample that "auto" holds whole (float32: 64 MiB); of more, it holds a quarter of that at a time.
+# Chunks are computed twice in training, which takes about a tenth longer.
 AUTO_MAX_SCORES = 2**24
 # Rows that prefix sums take at once.
 PREFIX_BLOCK = 32
@@ -77,11 +77,11 @@ def _euclidean_bilinear(theta, phi):
 
 
 def _dot_scores(theta, phi, score_kernel=None):
-    return ops.matmul(theta, ops.transpose(phi, (0, 2, 1)))  # B N M
+    return _product(theta, phi, transpose_y=True)  # B N M
 
 
 def _dot_linear(theta, phi, g, score_kernel=None):
-    return ops.matmul(theta, ops.matmul(ops.transpose(phi, (0, 2, 1)), g))  # (θ φᵀ) g = θ (φᵀ g)
+    return _product(theta, _product(phi, g, transpose_x=True))  # (θ φᵀ) g = θ (φᵀ g)
 
 
 def _is_dot_linear_cheaper(num_queries, num_keys, channels, value_channels):
@@ -280,48 +280,76 @@ def non_local(
 
 
 def _softmax_sum(theta, phi, g, bias, chunk):
-    """Σ_j softmax_j(θ_i·φ_j + bias_j) g_j, `chunk` queries at a time."""
-    arguments = (phi, g) if bias is None else (phi, g, bias)
-    if chunk is None:
-        return _softmax_rows(theta, *arguments, recompute=False)
-    return _by_chunks(lambda theta: _softmax_rows(theta, *arguments, recompute=True), theta, chunk)
+    """Σ_j softmax_j(θ_i·φ_j + bias_j) g_j, `chunk` queries at a time.
 
-
-def _softmax_rows(*arguments, recompute):
-    """Σ_j softmax_j(θ_i·φ_j + bias_j) g_j for `theta`, `phi`, `g` and, where there is one, `bias`.
-
-    Its gradient is written out: it takes fewer passes over the scores than the one that a backend derives, and computes
-    the weights again without the rest.
+    Its gradient is written out: it takes fewer passes over the scores than the one that a backend derives, and of
+    chunks it computes the weights again without the rest.
     """
 
     @ops.custom_gradient
     def operation(theta, phi, g, *bias):
-        weights = _softmax(_bilinear_scores(theta, phi, *bias))  # B N M
-        y = ops.matmul(ops.cast(weights, g.dtype), g)
-        kept = None if recompute else weights
+        def attend(theta):
+            weights = _softmax(_bilinear_scores(theta, phi, *bias))  # B K M
+            return weights, _product(ops.cast(weights, g.dtype), g)  # B K D
+
+        if chunk is None:
+            weights, y = attend(theta)
+        else:
+            y = _by_chunks(lambda theta: attend(theta)[1], theta, chunk)
 
         def gradient(*arguments, upstream=None):
             upstream = arguments[-1] if upstream is None else upstream
-            weights = _softmax(_bilinear_scores(theta, phi, *bias)) if recompute else kept
             # Σ_j weights_ij (dy_i·g_j) = dy_i·y_i
             shift = ops.sum(ops.cast(upstream, "float32") * ops.cast(y, "float32"), axis=-1, keepdims=True)  # B N 1
-            d_weights = ops.cast(ops.matmul(upstream, ops.transpose(g, (0, 2, 1))), "float32")  # B N M
-            d_scores = weights * (d_weights - shift)
-            d_scores_in = ops.cast(d_scores, theta.dtype)
-            return (
-                ops.matmul(d_scores_in, phi),
-                ops.matmul(ops.transpose(d_scores_in, (0, 2, 1)), theta),
-                ops.matmul(ops.transpose(ops.cast(weights, g.dtype), (0, 2, 1)), upstream),
-                *(ops.sum(d_scores, axis=1) for _ in bias),
-            )
+            if chunk is None:
+                gradients = _weights_gradients(weights, theta, phi, g, bias, upstream, shift)
+            else:
+                gradients = _chunks_gradients(chunk, theta, phi, g, bias, upstream, shift)
+            return tuple(ops.cast(d, x.dtype) for d, x in zip(gradients, (theta, phi, g, *bias), strict=True))
 
         return y, gradient
 
-    return operation(*arguments)
+    return operation(theta, phi, g) if bias is None else operation(theta, phi, g, bias)
+
+
+def _weights_gradients(weights, theta, phi, g, bias, upstream, shift):
+    """The gradients to theta, phi, g and, where there is one, bias, of some rows of weights `(B, K, M)`."""
+    d_weights = ops.cast(_product(upstream, g, transpose_y=True), "float32")  # B K M
+    d_scores = weights * (d_weights - shift)
+    d_scores_in = ops.cast(d_scores, theta.dtype)
+    return (
+        _product(d_scores_in, phi),
+        _product(d_scores_in, theta, transpose_x=True),
+        _product(ops.cast(weights, g.dtype), upstream, transpose_x=True),
+        *(ops.sum(d_scores, axis=1) for _ in bias),
+    )
+
+
+def _chunks_gradients(chunk, theta, phi, g, bias, upstream, shift):
+    """The same, by chunks: one after the other, so that only one is held."""
+    num_queries = ops.shape(theta)[1]
+    rows = [_split(x, chunk) for x in (theta, upstream, shift)]  # chunks B K E
+
+    def step(index, d_theta, *sums):
+        theta, upstream, shift = (ops.take(x, index, axis=0) for x in rows)
+        weights = _softmax(_bilinear_scores(theta, phi, *bias))
+        d_chunk, *parts = _weights_gradients(weights, theta, phi, g, bias, upstream, shift)
+        d_theta = ops.slice_update(d_theta, (index, 0, 0, 0), ops.expand_dims(d_chunk, 0))
+        sums = [total + ops.cast(part, "float32") for total, part in zip(sums, parts, strict=True)]
+        # TensorFlow computes up to ten steps of a loop at once, as far as they do not wait for each other. So that they
+        # do, the next index is known only when the sums are: this adds 0.
+        wait = ops.minimum(ops.cast(ops.isnan(ops.sum(sums[0][:, :1])), "int32"), 0)
+        return index + 1 + wait, d_theta, *sums
+
+    num_chunks = ops.shape(rows[0])[0]
+    sums = [ops.zeros(ops.shape(x), dtype="float32") for x in (phi, g, *bias)]
+    start = (ops.convert_to_tensor(0, dtype="int32"), ops.zeros_like(rows[0]), *sums)
+    _, d_theta, *sums = ops.while_loop(lambda index, *_: index < num_chunks, step, start)
+    return _join(d_theta, num_queries), *sums
 
 
 def _bilinear_scores(theta, phi, bias=None):
-    scores = ops.cast(ops.matmul(theta, ops.transpose(phi, (0, 2, 1))), "float32")  # B N M
+    scores = ops.cast(_product(theta, phi, transpose_y=True), "float32")  # B N M
     return scores if bias is None else scores + ops.expand_dims(bias, 1)
 
 
@@ -469,7 +497,7 @@ def chunk_size(query_chunk_size, num_queries, num_keys):
     if query_chunk_size == "auto":
         if num_queries is not None and num_keys is not None and num_queries * num_keys <= AUTO_MAX_SCORES:
             return None
-        return 1024 if num_keys is None else max(AUTO_MAX_SCORES // 2 // num_keys, 32)
+        return 1024 if num_keys is None else max(AUTO_MAX_SCORES // 4 // num_keys, 32)
     if isinstance(query_chunk_size, bool) or not isinstance(query_chunk_size, int) or query_chunk_size < 1:
         raise ValueError(
             '`query_chunk_size` must be `None`, "auto" or a positive integer. '
@@ -480,6 +508,20 @@ def chunk_size(query_chunk_size, num_queries, num_keys):
     return query_chunk_size
 
 
+def _product(x, y, transpose_x=False, transpose_y=False):
+    """`x @ y` of each sample, transposed or not. Of one sample without the batch: TensorFlow's plain product is a tenth
+    faster."""
+    single = x.shape[0] == 1
+    if single:
+        x, y = ops.squeeze(x, axis=0), ops.squeeze(y, axis=0)
+    axes = (1, 0) if single else (0, 2, 1)
+    # Next to the product: there, TensorFlow makes it part of that.
+    x = ops.transpose(x, axes) if transpose_x else x
+    y = ops.transpose(y, axes) if transpose_y else y
+    z = ops.matmul(x, y)
+    return ops.expand_dims(z, 0) if single else z
+
+
 def _without_removed(x, mask):
     # What a removed key holds must not matter, be it infinite.
     return ops.where(mask[:, :, None], x, ops.zeros_like(x))
@@ -487,15 +529,23 @@ def _without_removed(x, mask):
 
 def _by_chunks(attend, theta, chunk):
     """`attend(theta)` of `(B, N, C)`, at most `chunk` queries at a time."""
-    batch, num_queries, channels = ops.shape(theta)
-    num_chunks = (num_queries + chunk - 1) // chunk
-    if isinstance(num_queries, int):
+    return _join(ops.map(attend, _split(theta, chunk)), ops.shape(theta)[1])
+
+
+def _split(x, chunk):
+    """`(B, N, E)` to `(chunks, B, K, E)`: K is at most `chunk`, as even as can be; the last is filled with zeros."""
+    batch, length, channels = ops.shape(x)
+    num_chunks = (length + chunk - 1) // chunk
+    if isinstance(length, int):
         num_chunks = max(num_chunks, 1)
     else:
         num_chunks = ops.maximum(num_chunks, 1)
-    rows = (num_queries + num_chunks - 1) // num_chunks  # as even as can be; the last chunk is filled with zeros
-    padding = ops.zeros((batch, num_chunks * rows - num_queries, channels), dtype=theta.dtype)
-    theta = ops.reshape(ops.concatenate([theta, padding], axis=1), (batch, num_chunks, rows, channels))
-    y = ops.map(attend, ops.transpose(theta, (1, 0, 2, 3)))  # chunks B K D
-    y = ops.reshape(ops.transpose(y, (1, 0, 2, 3)), (batch, num_chunks * rows, y.shape[-1]))
-    return y[:, :num_queries]
+    rows = (length + num_chunks - 1) // num_chunks
+    x = ops.concatenate([x, ops.zeros((batch, num_chunks * rows - length, channels), dtype=x.dtype)], axis=1)
+    return ops.transpose(ops.reshape(x, (batch, num_chunks, rows, channels)), (1, 0, 2, 3))
+
+
+def _join(x, length):
+    """`(chunks, B, K, E)` back to `(B, N, E)`, the inverse of `_split`."""
+    num_chunks, batch, rows, channels = ops.shape(x)
+    return ops.reshape(ops.transpose(x, (1, 0, 2, 3)), (batch, num_chunks * rows, channels))[:, :length]

@@ -213,10 +213,10 @@ def test_any_shape(pairwise, sizes, query_chunk_size, masked, seed):
 def test_automatic_chunks(rng, monkeypatch):
     assert knl_ops.AUTO_MAX_SCORES == 2**24
     assert knl_ops.chunk_size("auto", 4096, 4096) is None
-    assert knl_ops.chunk_size("auto", 4097, 4096) == 2048
+    assert knl_ops.chunk_size("auto", 4097, 4096) == 1024
     assert knl_ops.chunk_size("auto", 10**6, 10**6) == 32  # never less
     assert knl_ops.chunk_size("auto", 5, None) == knl_ops.chunk_size("auto", None, None) == 1024
-    assert knl_ops.chunk_size("auto", None, 4096) == 2048  # the keys alone bound the rows
+    assert knl_ops.chunk_size("auto", None, 4096) == 1024  # the keys alone bound the rows
     assert knl_ops.chunk_size(8, 8, 5) is None  # one chunk is no chunk
     assert knl_ops.chunk_size(8, 9, 5) == 8
     assert knl_ops.chunk_size(None, 10**9, 10**9) is None
