@@ -176,7 +176,6 @@ def attention_weights(theta, phi, pairwise="embedded_gaussian", *, score_kernel=
     function = get_pairwise(pairwise)
     _check_score_kernel(function, score_kernel, theta.shape[-1])
     factor = get_scale(scale, theta.shape[-1])
-    theta, phi = ops.convert_to_tensor(theta), ops.convert_to_tensor(phi)
     if mask is not None:
         phi = _without_removed(phi, mask)
     scores = _scores(function, theta, phi, score_kernel, factor)  # B N M
@@ -249,7 +248,6 @@ def non_local(
     """
     theta, phi, g = (ops.convert_to_tensor(tensor) for tensor in (theta, phi, g))  # PyTorch: no arrays times tensors
     function = get_pairwise(pairwise)
-    theta, phi, g = (ops.convert_to_tensor(x) for x in (theta, phi, g))
     num_queries, num_keys, channels, value_channels = theta.shape[1], phi.shape[1], theta.shape[-1], g.shape[-1]
     _check_score_kernel(function, score_kernel, channels)
     factor = get_scale(scale, channels)
@@ -260,7 +258,7 @@ def non_local(
     if function.bilinear:
         theta, phi, bias = _scaled_bilinear(function, theta, phi, factor)
         if mask is not None:
-            bias = ops.where(mask, 0.0 if bias is None else bias, REMOVED)
+            bias = ops.where(mask, ops.zeros(ops.shape(mask), dtype="float32") if bias is None else bias, REMOVED)
         return _softmax_sum(theta, phi, g, bias, chunk)
 
     root = _root(phi)
