@@ -169,7 +169,7 @@ def list_cases(descriptions, options):
 def num_rounds(seconds):
     """How often a run is repeated after its probe, and whether the probe counts too: where it takes long, what a first
     run does once weighs nothing."""
-    if seconds < 2:
+    if seconds < 1:
         return 7, False
     if seconds < 5:
         return 3, False

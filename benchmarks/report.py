@@ -286,7 +286,7 @@ def notes(results):
         f"{results['memory_limit']:g} GiB. What fails forward is not tried forward + backward. Where no peer finishes "
         "but ours does, a target counts as met in that case."
     )
-    yield "- 7 rounds in turns; 3 where a run takes 2 s or more; 1 from 20 s."
+    yield "- 7 rounds in turns; 3 where a run takes 1 s or more; 1 from 20 s."
 
 
 # The plot

@@ -8,7 +8,7 @@ The script makes its data set once (real MP4 files of the real handwritten digit
 digits are other people's), then walks the way of any video project: files, `tf.data`, `fit`, evaluation over several
 views, a look at what the network attends to, export, and a check of the export in a process without Keras.
 
-    python examples/quickstart.py            # the whole job, about 10 minutes on 2 cores
+    python examples/quickstart.py            # the whole job, 10 to 15 minutes on 2 cores
     python examples/quickstart.py --quick    # the same steps on little data, under 2 minutes: it learns nothing
 """
 
