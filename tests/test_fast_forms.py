@@ -69,7 +69,7 @@ def test_concatenation(rng, linear, sizes, masked):
     mask = rng.random((2, sizes[1])) < 0.6 if masked else None
     direction = rng.normal(size=(2, sizes[0], 4)).astype("float32")
     assert_close(concatenation(*arrays, mask), reference.non_local(*arrays[:3], "concatenation", arrays[3], mask=mask))
-    _, result = gradients(lambda *arrays: concatenation(*arrays, mask) * direction, arrays)
+    _, result = gradients(lambda *arrays: ops.multiply(concatenation(*arrays, mask), direction), arrays)
     for actual, expected in zip(result, expected_gradients(arrays, direction, mask), strict=True):
         assert_close(actual, expected, 1e-5)
 
@@ -83,7 +83,7 @@ def test_ties_and_zeros(rng, linear, reach):
     assert (sums == 0).any()
     direction = rng.normal(size=(2, 12, 2)).astype("float32")
     assert_close(concatenation(*arrays), reference.non_local(*arrays[:3], "concatenation", arrays[3]), 1e-6)
-    _, result = gradients(lambda *arrays: concatenation(*arrays) * direction, arrays)
+    _, result = gradients(lambda *arrays: ops.multiply(concatenation(*arrays), direction), arrays)
     for actual, expected in zip(result, expected_gradients(arrays, direction), strict=True):
         assert_close(actual, expected, 1e-6)
 
@@ -134,7 +134,7 @@ def test_any_shape(sizes, masked, whole_numbers, seed):
     with pytest.MonkeyPatch.context() as monkeypatch:
         force_linear(monkeypatch)
         y = concatenation(*arrays, mask)
-        _, result = gradients(lambda *arrays: concatenation(*arrays, mask) * direction, arrays)
+        _, result = gradients(lambda *arrays: ops.multiply(concatenation(*arrays, mask), direction), arrays)
     assert_close(y, reference.non_local(*arrays[:3], "concatenation", arrays[3], mask=mask), 2e-5)
     for actual, expected in zip(result, expected_gradients(arrays, direction, mask), strict=True):
         assert_close(actual, expected, 2e-5)
@@ -187,11 +187,11 @@ def test_gradient_is_that_of_the_formula(rng, pairwise, query_chunk_size, masked
             distance = ops.expand_dims(theta, 2) - ops.expand_dims(phi, 1)
             scores = -ops.sum(ops.square(distance), -1)
         weights = ops.softmax(ops.where(mask[:, None], scores * 0.7, -1e30)) * ops.cast(mask[:, None], "float32")
-        return ops.matmul(weights, g) * direction
+        return ops.multiply(ops.matmul(weights, g), direction)
 
     def operation(theta, phi, g):
         options = {"mask": mask if masked else None, "query_chunk_size": query_chunk_size, "scale": 0.7}
-        return knl_ops.non_local(theta, phi, g, pairwise, **options) * direction
+        return ops.multiply(knl_ops.non_local(theta, phi, g, pairwise, **options), direction)
 
     value, expected = gradients(formula, [theta, phi, g])
     actual_value, actual = gradients(operation, [theta, phi, g])

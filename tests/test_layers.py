@@ -104,8 +104,8 @@ def test_gradients_of_a_block(rng, cls, setting, pairwise):
     x, mask = make_inputs(rng, cls), make_mask(rng, cls)
     layer = make_layer(cls, pairwise=pairwise, query_chunk_size=5, **setting)
     cotangent = rng.normal(size=x.shape).astype("float32")
-    _, (d_x,) = gradients(lambda x: layer(x, mask=mask) * cotangent, [x])
-    _, d_weights = weight_gradients(layer, lambda z: ops.sum(z * cotangent), x, mask=mask)
+    _, (d_x,) = gradients(lambda x: ops.multiply(layer(x, mask=mask), cotangent), [x])
+    _, d_weights = weight_gradients(layer, lambda z: ops.sum(ops.multiply(z, cotangent)), x, mask=mask)
     weights = layer_weights(layer)
     d_weights = {
         tuple(weight.path.split("/")[-2:]): gradient
