@@ -12,6 +12,7 @@ What runs out of memory, raises or takes too long is reported as such. Linux onl
 
 import argparse
 import dataclasses
+import hashlib
 import importlib.util
 import json
 import os
@@ -239,6 +240,13 @@ def describe_machine():
     }
 
 
+def fingerprint():
+    """Of the code that is measured and that measures: cells of other code are not kept."""
+    files = [ROOT / "keras_nonlocal" / name for name in ("ops.py", "layers.py")]
+    files += [ROOT / "benchmarks" / name for name in ("layers.py", "peers.py")]
+    return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()[:12]
+
+
 def load(path, settings, fresh):
     """The results so far, if they were measured with the same settings and versions."""
     if path.exists() and not fresh:
@@ -306,6 +314,7 @@ def main(arguments=None):
         "timeout": options.timeout,
         "memory_limit": options.memory_limit,
         "quick": options.quick,
+        "sources": fingerprint(),
         "peers": descriptions,
     }
     results = load(path, settings, options.fresh)

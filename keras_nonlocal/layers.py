@@ -470,8 +470,8 @@ _ARGUMENTS = """
             `inner_channels ** -0.5` (the authors' release), or a number. Forms without softmax have none.
         normalization: `"batch"` for batch normalization after W_z, whose γ starts at 0; `None` for no normalization,
             W_z starts at 0.
-        query_chunk_size: Rows of scores held at a time by forms that need them: `None` for all, `"auto"` for all
-            while they are few. Changes memory and speed, not the result.
+        query_chunk_size: Rows of scores held at a time, of each sample or window, by forms that need them: `None` for
+            all, `"auto"` for all while they are few. Changes memory and speed, not the result.
         data_format: `"channels_last"` or `"channels_first"`. `None`: as in the Keras configuration.
         kernel_initializer: Initializer of θ, φ, g, w_f and W_z.
         bias_initializer: Initializer of the biases.

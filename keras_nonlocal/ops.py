@@ -47,7 +47,7 @@ class PairwiseFunction:
         projections: which of `"theta"` and `"phi"` are learned projections of x; the others are x itself.
         has_score_kernel: whether f has a weight vector w_f of its own, of shape `(2 * C, 1)`.
         linear: an exact form that needs no scores, `(theta, phi, g, score_kernel) -> (B, N, D)`, the sum without
-            the division by C(x); or `None`.
+            the division by C(x), in the dtype of g or in float32; or `None`.
         is_linear_cheaper: `(N, M, C, D) -> bool` for known sizes. Unknown ones take the linear form.
     """
 
@@ -106,7 +106,7 @@ def _concatenation_scores(theta, phi, score_kernel):
 def _concatenation_linear(theta, phi, g, score_kernel):
     a, b = _concatenation_terms(theta, phi, score_kernel)
     a, b = (ops.squeeze(ops.cast(x, "float32"), axis=-1) for x in (a, b))
-    return ops.cast(_relu_sum(a, b, ops.cast(g, "float32")), g.dtype)
+    return _relu_sum(a, b, ops.cast(g, "float32"))
 
 
 def _is_concatenation_linear_cheaper(num_queries, num_keys, channels, value_channels):
@@ -228,7 +228,8 @@ def non_local(
             softmax have no scale.
         mask: Boolean tensor of shape `(batch, keys)`, `False` removes a key: softmax ignores it, the other forms
             divide by the number of valid keys.
-        query_chunk_size: Rows of scores held at a time. `None`: all. `"auto"`: all while they are few, else chunks.
+        query_chunk_size: Rows of scores of one sample held at a time. `None`: all. `"auto"`: all while they are few,
+            else chunks.
 
     Returns:
         Tensor of shape `(batch, queries, value_channels)`, in the dtype of `g`.
@@ -247,13 +248,15 @@ def non_local(
     (2, 6, 4)
     """
     theta, phi, g = (ops.convert_to_tensor(tensor) for tensor in (theta, phi, g))  # PyTorch: no arrays times tensors
+    score_kernel = None if score_kernel is None else ops.convert_to_tensor(score_kernel)
     function = get_pairwise(pairwise)
     num_queries, num_keys, channels, value_channels = theta.shape[1], phi.shape[1], theta.shape[-1], g.shape[-1]
     _check_score_kernel(function, score_kernel, channels)
     factor = get_scale(scale, channels)
     chunk = chunk_size(query_chunk_size, num_queries, num_keys)
     if mask is not None:
-        phi, g = _without_removed(phi, mask), _without_removed(g, mask)
+        phi = _without_removed(phi, mask)
+        g = ops.where(mask[:, :, None], g, ops.zeros_like(g))
 
     if function.bilinear:
         theta, phi, bias = _scaled_bilinear(function, theta, phi, factor)
@@ -261,17 +264,19 @@ def non_local(
             bias = ops.where(mask, ops.zeros(ops.shape(mask), dtype="float32") if bias is None else bias, REMOVED)
         return _softmax_sum(theta, phi, g, bias, chunk)
 
-    root = _root(phi)
-    if not function.softmax:
-        g = g * ops.cast(1.0 / root, g.dtype)
+    if function.softmax:
+        return _score_sum(function, theta, phi, g, score_kernel, factor, mask, chunk)
+
+    # √M: 1/M at once underflows in float16 for large maps, and a sum over M keys overflows. Half of it goes before the
+    # sum, half behind.
+    root = ops.sqrt(ops.cast(ops.shape(phi)[1], "float32"))
+    g = g * ops.cast(1.0 / root, g.dtype)
     known = num_queries is not None and num_keys is not None
     if function.linear and (not known or function.is_linear_cheaper(num_queries, num_keys, channels, value_channels)):
         y = function.linear(theta, phi, g, score_kernel)
     else:
         y = _score_sum(function, theta, phi, g, score_kernel, factor, mask, chunk)
-    if function.softmax:
-        return y
-    return y * ops.cast(1.0 / root if mask is None else root / _num_valid(mask), g.dtype)
+    return ops.cast(y * ops.cast(1.0 / root if mask is None else root / _num_valid(mask), y.dtype), g.dtype)
 
 
 # --- The softmax forms ------------------------------------------------------------------------------------------------
@@ -294,11 +299,14 @@ def _softmax_sum(theta, phi, g, bias, chunk):
             weights, y = attend(theta)
         else:
             y = _by_chunks(lambda theta: attend(theta)[1], theta, chunk)
+        kept = ops.stop_gradient(
+            y
+        )  # on PyTorch, the result itself would hold its own graph, until garbage is collected
 
         def gradient(*arguments, upstream=None):
-            upstream = arguments[-1] if upstream is None else upstream
+            upstream = arguments[-1] if upstream is None else upstream  # PyTorch passes the inputs before it
             # Σ_j weights_ij (dy_i·g_j) = dy_i·y_i
-            shift = ops.sum(ops.cast(upstream, "float32") * ops.cast(y, "float32"), axis=-1, keepdims=True)  # B N 1
+            shift = ops.sum(ops.cast(upstream, "float32") * ops.cast(kept, "float32"), axis=-1, keepdims=True)  # B N 1
             if chunk is None:
                 gradients = _weights_gradients(weights, theta, phi, g, bias, upstream, shift)
             else:
@@ -417,7 +425,9 @@ def _count_active(a, b):
     """Of each query the number of keys, and of each key the number of queries, with a_i + b_j > 0."""
     num_queries = ops.shape(a)[1]
     # Ascending, b_j > -a_i means that -b_j stands before a_i. Sorting is stable: at a_i + b_j = 0, a_i stands first.
-    order = ops.argsort(ops.concatenate([a, -b], axis=1), axis=1)  # B N+M
+    values = ops.concatenate([a, -b], axis=1)  # B N+M
+    values = ops.where(values == 0.0, 0.0, values)  # XLA sorts -0 before 0
+    order = ops.argsort(values, axis=1)
     rank = ops.argsort(order, axis=1)  # the inverse permutation
     keys_so_far = ops.cumsum(ops.cast(order >= num_queries, "int32"), axis=1)
     keys_so_far = ops.take_along_axis(keys_so_far, rank, axis=1)
@@ -482,12 +492,6 @@ def _num_valid(mask):
     return ops.maximum(ops.sum(ops.cast(mask, "float32"), axis=-1), 1.0)[:, None, None]
 
 
-def _root(phi):
-    # √M. 1/M at once underflows in float16 for large maps, and a sum over M keys overflows: half of it goes before the
-    # sum, half behind.
-    return ops.sqrt(ops.cast(ops.shape(phi)[1], "float32"))
-
-
 def chunk_size(query_chunk_size, num_queries, num_keys):
     """Rows of scores at a time, or `None` for all of them."""
     if query_chunk_size is None:
@@ -509,7 +513,7 @@ def chunk_size(query_chunk_size, num_queries, num_keys):
 def _product(x, y, transpose_x=False, transpose_y=False):
     """`x @ y` of each sample, transposed or not. Of one sample without the batch: TensorFlow's plain product is a tenth
     faster."""
-    single = x.shape[0] == 1
+    single = x.shape[0] == 1 and y.shape[0] == 1
     if single:
         x, y = ops.squeeze(x, axis=0), ops.squeeze(y, axis=0)
     axes = (1, 0) if single else (0, 2, 1)
@@ -520,9 +524,16 @@ def _product(x, y, transpose_x=False, transpose_y=False):
     return ops.expand_dims(z, 0) if single else z
 
 
-def _without_removed(x, mask):
-    # What a removed key holds must not matter, be it infinite.
-    return ops.where(mask[:, :, None], x, ops.zeros_like(x))
+def _without_removed(phi, mask):
+    """The keys with the mean of the valid ones in place of those removed.
+
+    What removed keys hold does not matter so, be it infinite, and the mean of all keys, where some forms put the
+    origin, is that of the valid ones.
+    """
+    valid = mask[:, :, None]
+    kept = ops.where(valid, phi, ops.zeros_like(phi))
+    mean = ops.sum(ops.cast(kept, "float32"), axis=1, keepdims=True) / _num_valid(mask)
+    return ops.where(valid, phi, ops.cast(ops.stop_gradient(mean), phi.dtype))
 
 
 def _by_chunks(attend, theta, chunk):
