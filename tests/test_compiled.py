@@ -9,6 +9,7 @@ from tests import reference
 from tests.backends import assert_close, gradients, jit, value_and_gradients
 from tests.descriptors import SMALL
 from tests.test_conformance import costly, ready
+from tests.test_fast_forms import concatenation, expected_gradients, force_linear, make
 from tests.test_ops import PAIRWISE, make_arguments, make_mask
 
 
@@ -39,3 +40,18 @@ def test_compiled_operation(rng, pairwise, masked, query_chunk_size):
     assert_close(jit(function)(*arrays), expected)
     for actual, eager in zip(jit(slopes)(*arrays), gradients(function, arrays)[1], strict=True):
         assert_close(actual, eager)
+
+
+def test_compiled_ties(rng, monkeypatch):
+    """The sorted concatenation, with many pairs at a_i + b_j = 0: +0 and -0 are the same there."""
+    force_linear(monkeypatch)
+    arrays = [rng.integers(-1, 2, size=x.shape).astype("float32") for x in make(rng, 2, 12, 11, 1, 2)]
+    arrays[3][:] = 1.0
+    direction = rng.normal(size=(2, 12, 2)).astype("float32")
+
+    def slopes(*tensors):
+        return value_and_gradients(lambda *t: ops.sum(ops.multiply(concatenation(*t), direction)), tensors)[1]
+
+    assert_close(jit(concatenation)(*arrays), reference.non_local(*arrays[:3], "concatenation", arrays[3]))
+    for actual, expected in zip(jit(slopes)(*arrays), expected_gradients(arrays, direction), strict=True):
+        assert_close(actual, expected)

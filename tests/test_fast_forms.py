@@ -88,14 +88,16 @@ def test_ties_and_zeros(rng, linear, reach):
         assert_close(actual, expected, 1e-6)
 
 
+@pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize("offset", [1e3, -1e3])
-def test_a_common_offset_is_not_lost(rng, linear, offset):
+def test_a_common_offset_is_not_lost(rng, linear, offset, masked):
     """a_i S0 + S1 is a small difference of large numbers here, were b not taken relative to its mean."""
     arrays = make(rng, 1, 300, 280, 1, 3)
     arrays[3][:] = 1.0
     arrays[0] = (arrays[0] + offset).astype("float32")
     arrays[1] = (arrays[1] - offset).astype("float32")
-    assert_close(concatenation(*arrays), reference.non_local(*arrays[:3], "concatenation", arrays[3]))
+    mask = rng.random((1, 280)) < 0.5 if masked else None
+    assert_close(concatenation(*arrays, mask), reference.non_local(*arrays[:3], "concatenation", arrays[3], mask=mask))
 
 
 def test_many_positions(rng, linear):
@@ -115,6 +117,13 @@ def test_half_precision(rng, linear, dtype):
     assert keras.backend.standardize_dtype(y.dtype) == dtype
     rounded = [to_numpy(x) for x in half]
     assert_close(y, reference.non_local(*rounded[:3], "concatenation", rounded[3]), 2e-2)
+
+
+def test_half_precision_overflows_only_where_the_result_does(linear):
+    """The sum over the keys is above float16's largest number, and so is half-way divided; their mean is not."""
+    theta, phi = np.full((1, 3, 1), 500.0, "float16"), np.full((1, 10_000, 1), 500.0, "float16")
+    y = concatenation(theta, phi, np.ones((1, 10_000, 2), "float16"), np.ones((2, 1), "float16"))
+    assert_close(y, np.full((1, 3, 2), 1000.0), 1e-2)
 
 
 @settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.too_slow])
@@ -215,15 +224,33 @@ def test_large_scores(rng, query_chunk_size):
     assert all(np.isfinite(gradient).all() for gradient in result)
 
 
-def test_euclidean_gaussian_far_from_the_origin(rng):
+@pytest.mark.parametrize("masked", [False, True])
+def test_euclidean_gaussian_far_from_the_origin(rng, masked):
     """Distances do not depend on where the origin is; squared norms of 1e8 would swallow them."""
     theta, phi, g, _ = make(rng)
-    y = knl_ops.non_local(theta, phi, g, "euclidean_gaussian")
     theta, phi = (np.round(x * 64) / 64 for x in (theta, phi))  # so that adding 8192 rounds nothing off
-    expected = reference.non_local(theta, phi, g, "euclidean_gaussian")
-    assert_close(y, expected, 0.1)
-    moved = knl_ops.non_local(theta + 8192, phi + 8192, g, "euclidean_gaussian")
+    mask = np.array([[True] * 4 + [False] * 3, [False, True] * 3 + [False]]) if masked else None
+    expected = reference.non_local(theta, phi, g, "euclidean_gaussian", mask=mask)
+    moved = knl_ops.non_local(theta + 8192, phi + 8192, g, "euclidean_gaussian", mask=mask)
     assert_close(moved, expected, 1e-5)
+
+
+@pytest.mark.parametrize("pairwise", reference.SOFTMAX)
+@pytest.mark.parametrize("query_chunk_size", [None, 4])
+@pytest.mark.parametrize("masked", [False, True])
+def test_one_key_has_all_the_weight(rng, pairwise, query_chunk_size, masked):
+    """Whatever the scores: no gradient goes to them, and all of it to the key's g."""
+    theta, phi, g, _ = make(rng, num_keys=3 if masked else 1)
+    mask = np.array([[False, True, False]] * 2) if masked else None
+
+    def operation(theta, phi, g):
+        return knl_ops.non_local(theta, phi, g, pairwise, mask=mask, query_chunk_size=query_chunk_size)
+
+    _, (d_theta, d_phi, d_g) = gradients(operation, [theta, phi, g])
+    assert np.abs(d_theta).max() < 1e-5 and np.abs(d_phi).max() < 1e-4
+    expected = np.zeros_like(g)
+    expected[:, 1 if masked else 0] = 9.0  # queries
+    assert_close(d_g, expected)
 
 
 # --- A new pairwise function is one entry -----------------------------------------------------------------------------

@@ -202,14 +202,13 @@ def test_regularizer(rng):
     assert len(layer.losses) == 5
 
 
-@pytest.mark.parametrize(("cls", "setting"), CASES, ids=CASE_IDS)
-def test_windows_are_layers_of_their_own(rng, cls, setting):
-    if "window" not in setting:
-        return
+@pytest.mark.parametrize("pairwise", PAIRWISE)
+@pytest.mark.parametrize(("cls", "setting"), [case for case in CASES if "window" in case[1]])
+def test_windows_are_layers_of_their_own(rng, cls, setting, pairwise):
     x = make_inputs(rng, cls)
-    layer = make_layer(cls, **setting)
+    layer = make_layer(cls, pairwise=pairwise, **setting)
     z = to_numpy(layer(x))
-    alone = cls(**(setting | {"window": None}))
+    alone = cls(**(setting | {"window": None, "pairwise": pairwise}))
     window = layer.window
     sizes = [size if w is None else w for size, w in zip(x.shape[1:-1], window, strict=True)]
     alone.build((None, *sizes, x.shape[-1]))

@@ -1,5 +1,7 @@
 """What only TensorFlow has: sizes unknown while tracing, and graphs to look into."""
 
+import functools
+
 import pytest
 import tensorflow as tf
 
@@ -41,6 +43,32 @@ def test_unknown_sizes(rng, pairwise, masked):
             **arguments, pairwise=pairwise, score_kernel=kernel, mask=mask if masked else None
         )
         assert_close(y, expected, 1e-5)
+
+
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("pairwise", PAIRWISE)
+def test_gradients_of_unknown_sizes(rng, pairwise, masked):
+    """Unknown sizes train by chunks or by the linear forms; known ones of this size by neither."""
+    arguments = make_arguments(rng, pairwise, 9, 5)
+    mask = make_mask(rng, 2, 5) if masked else None
+    direction = rng.normal(size=(2, 9, 4)).astype("float32")
+
+    def slopes(query_chunk_size, *tensors):
+        tensors = dict(zip(arguments, tensors, strict=True))
+        with tf.GradientTape() as tape:
+            tape.watch(tensors)
+            y = knl_ops.non_local(**tensors, pairwise=pairwise, mask=mask, query_chunk_size=query_chunk_size)
+            total = tf.reduce_sum(y * direction)
+        return tape.gradient(total, list(tensors.values()))
+
+    arrays = list(arguments.values())
+    expected = slopes(None, *(tf.constant(array) for array in arrays))
+    signature = [tf.TensorSpec((None, None, array.shape[-1])) for array in arrays[:3]]
+    signature += [tf.TensorSpec(array.shape) for array in arrays[3:]]
+    for query_chunk_size in (4, "auto"):
+        traced = tf.function(functools.partial(slopes, query_chunk_size), input_signature=signature)
+        for actual, known in zip(traced(*arrays), expected, strict=True):
+            assert_close(actual, known, 1e-5)
 
 
 def test_chunks_bound_the_scores(rng):
