@@ -160,8 +160,9 @@ class _NonLocal(keras.layers.Layer):
         keys, key_mask = self._pool(x_windows, mask_windows)  # BW S'' C, BW M
         key_sizes = self._position_sizes(keys)
         num_windows, num_keys = math.prod(grid), math.prod(key_sizes)
-        keys = ops.take(ops.reshape(keys, (batch, num_windows, num_keys, channels)), query_window, axis=1)
-        keys = ops.reshape(keys, (batch * num_queries, num_keys, channels))  # BQ M C
+        phi = _project(self.phi, _flatten(keys))  # BW M D
+        phi = ops.take(ops.reshape(phi, (batch, num_windows, num_keys, phi.shape[-1])), query_window, axis=1)
+        phi = ops.reshape(phi, (batch * num_queries, num_keys, phi.shape[-1]))  # BQ M D
         if key_mask is not None:
             key_mask = ops.take(ops.reshape(key_mask, (batch, num_windows, num_keys)), query_window, axis=1)
             key_mask = ops.reshape(key_mask, (batch * num_queries, num_keys))
@@ -169,7 +170,7 @@ class _NonLocal(keras.layers.Layer):
         x_queries = ops.reshape(x_queries, (batch * num_queries, 1, channels))
         weights = nonlocal_ops.attention_weights(
             _project(self.theta, x_queries),
-            _project(self.phi, keys),
+            phi,
             self.pairwise,
             score_kernel=self._score_kernel(),
             scale=self.scale,

@@ -164,7 +164,8 @@ def attention_weights(theta, phi, pairwise="embedded_gaussian", *, score_kernel=
         Float32 tensor of shape `(batch, queries, keys)`. A query without any valid key has only zeros.
 
     Raises:
-        ValueError: if `pairwise` or `scale` is unknown.
+        ValueError: if `pairwise` or `scale` is unknown, or `score_kernel` has another shape or does not belong to the
+            pairwise function.
 
     Example:
 
@@ -235,7 +236,8 @@ def non_local(
         Tensor of shape `(batch, queries, value_channels)`, in the dtype of `g`.
 
     Raises:
-        ValueError: if `pairwise`, `scale` or `query_chunk_size` is not one of the above.
+        ValueError: if `pairwise`, `scale` or `query_chunk_size` is not one of the above, or `score_kernel` has another
+            shape or does not belong to the pairwise function.
 
     Reference:
         [Non-local Neural Networks, section 3](https://arxiv.org/abs/1711.07971)
