@@ -301,9 +301,8 @@ def _softmax_sum(theta, phi, g, bias, chunk):
             weights, y = attend(theta)
         else:
             y = _by_chunks(lambda theta: attend(theta)[1], theta, chunk)
-        kept = ops.stop_gradient(
-            y
-        )  # on PyTorch, the result itself would hold its own graph, until garbage is collected
+        # On PyTorch, the result itself would hold its own graph, until garbage is collected.
+        kept = ops.stop_gradient(y)
 
         def gradient(*arguments, upstream=None):
             upstream = arguments[-1] if upstream is None else upstream  # PyTorch passes the inputs before it
