@@ -34,6 +34,7 @@ class _NonLocal(keras.layers.Layer):
         scale=None,
         normalization="batch",
         query_chunk_size="auto",
+        pool_after_projection=False,
         data_format=None,
         kernel_initializer="he_normal",
         bias_initializer="zeros",
@@ -58,6 +59,7 @@ class _NonLocal(keras.layers.Layer):
         self.scale = scale
         self.normalization = normalization
         self.query_chunk_size = query_chunk_size
+        self.pool_after_projection = bool(pool_after_projection)
         self.data_format = keras.config.image_data_format() if data_format is None else data_format
         if self.data_format not in ("channels_last", "channels_first"):
             raise ValueError(
@@ -103,12 +105,11 @@ class _NonLocal(keras.layers.Layer):
         mask = self._position_mask(mask, x)  # B S
         sizes = self._position_sizes(x)
         x_windows, mask_windows = self._windows(x, mask, sizes)  # BW S' C, BW S'
-        keys, key_mask = self._pool(x_windows, mask_windows)
-        queries, keys = _flatten(x_windows), _flatten(keys)  # BW N C, BW M C
+        (phi, g), _, key_mask = self._keys((self.phi, self.g), x_windows, mask_windows)  # BW M D
         y = nonlocal_ops.non_local(
-            _project(self.theta, queries),
-            _project(self.phi, keys),
-            _project(self.g, keys),
+            _project(self.theta, _flatten(x_windows)),  # BW N D
+            phi,
+            g,
             self.pairwise,
             score_kernel=self._score_kernel(),
             scale=self.scale,
@@ -157,10 +158,8 @@ class _NonLocal(keras.layers.Layer):
         query_window = _ravel([queries[:, d] // window[d] for d in range(self.rank)], grid)
 
         x_windows, mask_windows = self._windows(x, mask, sizes)
-        keys, key_mask = self._pool(x_windows, mask_windows)  # BW S'' C, BW M
-        key_sizes = self._position_sizes(keys)
+        (phi,), key_sizes, key_mask = self._keys((self.phi,), x_windows, mask_windows)  # BW M D
         num_windows, num_keys = math.prod(grid), math.prod(key_sizes)
-        phi = _project(self.phi, _flatten(keys))  # BW M D
         phi = ops.take(ops.reshape(phi, (batch, num_windows, num_keys, phi.shape[-1])), query_window, axis=1)
         phi = ops.reshape(phi, (batch * num_queries, num_keys, phi.shape[-1]))  # BQ M D
         if key_mask is not None:
@@ -198,6 +197,7 @@ class _NonLocal(keras.layers.Layer):
             scale=self.scale,
             normalization=self.normalization,
             query_chunk_size=self.query_chunk_size,
+            pool_after_projection=self.pool_after_projection,
             data_format=self.data_format,
             kernel_initializer=keras.initializers.serialize(self.kernel_initializer),
             bias_initializer=keras.initializers.serialize(self.bias_initializer),
@@ -351,6 +351,17 @@ class _NonLocal(keras.layers.Layer):
             mask = _window(mask[..., None], window, sizes)[..., 0] if self.window else mask
         return (_window(x, window, sizes) if self.window else x), mask
 
+    def _keys(self, projections, x, mask):
+        """The projected and sub-sampled keys `(B, M, D)` of each projection, the sizes of their map, and their flat
+        mask."""
+        if self.pool_after_projection:
+            pooled = [self._pool(_project(dense, x), mask) for dense in projections]
+        else:
+            keys, key_mask = self._pool(x, mask)
+            pooled = [(_project(dense, keys), key_mask) for dense in projections]
+        sizes = self._position_sizes(pooled[0][0])
+        return [_flatten(keys) for keys, _ in pooled], sizes, pooled[0][1]
+
     def _pool(self, x, mask):
         """Sub-sampled keys and their flat mask; a pooled key is valid if any of its inputs is."""
         if self.pool_size is None:
@@ -473,6 +484,8 @@ _ARGUMENTS = """
             W_z starts at 0.
         query_chunk_size: Rows of scores held at a time, of each sample or window, by forms that need them: `None` for
             all, `"auto"` for all while they are few. Changes memory and speed, not the result.
+        pool_after_projection: Whether to sub-sample φ(x) and g(x), as MMAction2 does, in place of x. Another function
+            with the same weights; slower.
         data_format: `"channels_last"` or `"channels_first"`. `None`: as in the Keras configuration.
         kernel_initializer: Initializer of θ, φ, g, w_f and W_z.
         bias_initializer: Initializer of the biases.

@@ -32,6 +32,7 @@ _OF_RANK = {
     },
     3: {
         "release": {"pool_size": (1, 2, 2), "scale": "sqrt"},
+        "pool_after_projection": {"pool_size": (1, 2, 2), "pool_after_projection": True},
         "space_only": {"window": (1, None, None), "query_chunk_size": 3},
         "time_only": {"window": (None, 1, 1), "pairwise": "dot_product"},
         "groups": {

@@ -98,19 +98,31 @@ def _windows(sizes, window):
         yield number, tuple(slice(n * w, n * w + w) for n, w in zip(number, window, strict=True))
 
 
-def _window_attention(x, mask, weights, pairwise, pool_size, scale):
+def keys_of(x, mask, weights, name, pool_size, pool_after_projection=False):
+    """φ or g of the keys' map, and which keys are valid."""
+    pool_size = pool_size or (1,) * (x.ndim - 2)
+
+    def project(x):
+        return dense(x, weights[name]) if name in weights else x
+
+    if pool_after_projection:
+        return pool_map(project(x), mask, pool_size)
+    pooled, valid = pool_map(x, mask, pool_size)
+    return project(pooled), valid
+
+
+def _window_attention(x, mask, weights, pairwise, pool_size, scale, pool_after_projection):
     """Of one window's map: f / C `(B, N, M)`, g of the keys, and the sizes of the key map."""
-    keys, valid = pool_map(x, mask, pool_size or (1,) * (x.ndim - 2))
-    key_sizes = keys.shape[1:-1]
+    phi, valid = keys_of(x, mask, weights, "phi", pool_size, pool_after_projection)
+    g, _ = keys_of(x, mask, weights, "g", pool_size, pool_after_projection)
+    key_sizes = valid.shape[1:]
+    phi, g, valid = (keys.reshape(len(x), valid[0].size, *keys.shape[x.ndim - 1 :]) for keys in (phi, g, valid))
     queries = x.reshape(len(x), math.prod(x.shape[1:-1]), x.shape[-1])
-    keys = keys.reshape(len(x), math.prod(key_sizes), x.shape[-1])
     theta = dense(queries, weights["theta"]) if "theta" in weights else queries
-    phi = dense(keys, weights["phi"]) if "phi" in weights else keys
-    f = attention(theta, phi, pairwise, weights.get("score_kernel"), scale, valid.reshape(keys.shape[:2]))
-    return f, dense(keys, weights["g"]), key_sizes
+    return attention(theta, phi, pairwise, weights.get("score_kernel"), scale, valid), g, key_sizes
 
 
-def block(x, weights, pairwise, pool_size=None, window=None, scale=None, mask=None):
+def block(x, weights, pairwise, pool_size=None, window=None, scale=None, mask=None, pool_after_projection=False):
     """A whole non-local block at inference: z = norm(W_z y) + x.
 
     `weights`: theta, phi, g, out → (kernel, bias); score_kernel; norm → (γ, β, mean, variance).
@@ -120,7 +132,7 @@ def block(x, weights, pairwise, pool_size=None, window=None, scale=None, mask=No
     y = np.zeros((*x.shape[:-1], weights["g"][0].shape[-1]))
     for _, part in _windows(x.shape[1:-1], window):
         at = (slice(None), *part)
-        f, g, _ = _window_attention(x[at], mask[at], weights, pairwise, pool_size, scale)
+        f, g, _ = _window_attention(x[at], mask[at], weights, pairwise, pool_size, scale, pool_after_projection)
         y[at] = np.einsum("bij,bjc->bic", f, g).reshape(y[at].shape)
     z = dense(y, weights["out"])
     if "norm" in weights:
@@ -128,7 +140,9 @@ def block(x, weights, pairwise, pool_size=None, window=None, scale=None, mask=No
     return z + x
 
 
-def block_attention(x, queries, weights, pairwise, pool_size=None, window=None, scale=None, mask=None):
+def block_attention(
+    x, queries, weights, pairwise, pool_size=None, window=None, scale=None, mask=None, pool_after_projection=False
+):
     """f / C of the chosen positions, over the whole map of keys: `(B, Q, *key_map)`."""
     x = np.float64(x)
     mask = full_mask(mask, x)
@@ -136,7 +150,7 @@ def block_attention(x, queries, weights, pairwise, pool_size=None, window=None, 
     result = None
     for number, part in _windows(sizes, window):
         at = (slice(None), *part)
-        f, _, key_sizes = _window_attention(x[at], mask[at], weights, pairwise, pool_size, scale)
+        f, _, key_sizes = _window_attention(x[at], mask[at], weights, pairwise, pool_size, scale, pool_after_projection)
         window_sizes = x[at].shape[1:-1]
         if result is None:
             key_map = [s // w * k for s, w, k in zip(sizes, window_sizes, key_sizes, strict=True)]

@@ -33,6 +33,7 @@ SETTINGS = {
         {"pool_size": (3, 1)},
         {"window": (2, None)},
         {"window": (None, 3), "pool_size": (2, 2)},
+        {"pool_size": (2, 1), "pool_after_projection": True},
     ],
     NonLocal3D: [
         {},
@@ -41,6 +42,7 @@ SETTINGS = {
         {"window": (1, None, None)},
         {"window": (None, 1, 1)},
         {"window": (2, 2, 3), "pool_size": (2, 1, 2)},
+        {"window": (2, None, None), "pool_size": (1, 2, 2), "pool_after_projection": True},
     ],
 }
 CASES = [(cls, setting) for cls, settings in SETTINGS.items() for setting in settings]
@@ -67,7 +69,7 @@ def make_mask(rng, cls):
 
 
 def twin_options(options):
-    return {k: v for k, v in options.items() if k in ("pool_size", "window", "scale")}
+    return {k: v for k, v in options.items() if k in ("pool_size", "window", "scale", "pool_after_projection")}
 
 
 def as_twin(cls, options):
@@ -301,8 +303,10 @@ def test_attention_makes_the_outputs(rng, cls, setting, pairwise):
     for axis, (size, p) in enumerate(zip(sizes, pool_size, strict=True), start=1):
         kept = np.arange(parts.shape[axis]) % size < size // p * p
         parts = np.compress(kept, parts, axis=axis)
-    keys, _ = reference.pool_map(np.float64(parts), np.ones(parts.shape[:-1], bool), pool_size)
-    g = reference.dense(keys.reshape(len(x), -1, x.shape[-1]), weights["g"])
+    mask = np.ones(parts.shape[:-1], bool)
+    after = layer.pool_after_projection
+    g, _ = reference.keys_of(np.float64(parts), mask, weights, "g", pool_size, after)
+    g = g.reshape(len(x), -1, g.shape[-1])
     z = reference.batch_norm(reference.dense(a @ g, weights["out"]), weights["norm"])
     assert_close(layer(x), z.reshape(x.shape) + x, 2e-5)
 
@@ -322,6 +326,7 @@ def any_blocks(draw):
         "scale": draw(st.sampled_from([None, "sqrt"])),
         "query_chunk_size": draw(st.sampled_from([None, "auto", 1, 4])),
         "inner_channels": draw(st.sampled_from([None, 1, 3])),
+        "pool_after_projection": draw(st.booleans()),
     }
     return cls, options, (draw(st.integers(0, 3)), *sizes, draw(st.integers(1, 4)))
 
