@@ -1,5 +1,7 @@
-"""Ready networks, and non-local blocks for any other."""
+"""Ready networks, what they cost, and non-local blocks for any other."""
 
+from keras_nonlocal.applications.heads import keypoint_head
+from keras_nonlocal.applications.labels import decode_predictions
 from keras_nonlocal.applications.resnet import (
     C2DResNet11,
     C2DResNet50,
@@ -9,6 +11,7 @@ from keras_nonlocal.applications.resnet import (
     I3DResNet101,
     preprocess_input,
 )
+from keras_nonlocal.applications.summary import Summary, SummaryRow, summarize
 from keras_nonlocal.applications.transfer import inflate_weights, insert_non_local
 
 __all__ = [
@@ -18,7 +21,12 @@ __all__ = [
     "I3DResNet11",
     "I3DResNet50",
     "I3DResNet101",
+    "Summary",
+    "SummaryRow",
+    "decode_predictions",
     "inflate_weights",
     "insert_non_local",
+    "keypoint_head",
     "preprocess_input",
+    "summarize",
 ]

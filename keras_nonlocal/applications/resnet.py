@@ -7,6 +7,9 @@ Shape letters: B batch, T time, H height, W width, C channels.
 """
 
 import dataclasses
+import difflib
+import inspect
+import numbers
 import os
 import zipfile
 
@@ -19,6 +22,13 @@ from keras_nonlocal.layers import NonLocal3D
 
 PIXEL_MEAN = 114.75
 PIXEL_STD = 57.375
+
+# What pixels weights were trained on: mean and standard deviation of R, G, B in 0..255, `None` for those above.
+PIXELS = {
+    "release": None,
+    "torch": ((123.675, 116.28, 103.53), (58.395, 57.12, 57.375)),
+    "caffe": ((123.68, 116.779, 103.939), (1.0, 1.0, 1.0)),
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,17 +99,20 @@ def preprocess_input(x):
 
 def non_local_blocks(arrangement, non_local):
     """Expands the `non_local` argument of a builder to {stage: indices of residual blocks}."""
+    numbers = {0: {}} | arrangement.non_local
     if isinstance(non_local, dict):
         placement = non_local
-    elif non_local == 0:
-        placement = {}
-    elif non_local in arrangement.non_local:
-        placement = arrangement.non_local[non_local]
+    elif is_integer(non_local) and non_local in numbers:
+        placement = numbers[non_local]
     else:
-        numbers = ", ".join(map(str, (0, *arrangement.non_local)))
+        placement = None
+    if placement is None or not all(
+        isinstance(indices, (list, tuple, range, set)) and all(map(is_integer, indices))
+        for indices in placement.values()
+    ):
         raise ValueError(
-            f"`non_local` must be one of {numbers}, or a dictionary of stages to indices of residual blocks such "
-            f"as {{4: [2]}}. Received: non_local={non_local!r}"
+            f"`non_local` must be one of {', '.join(map(str, numbers))}, or a dictionary of stages to lists of indices "
+            f"of residual blocks such as {{4: [2]}}. Received: non_local={non_local!r}"
         )
     for stage, indices in placement.items():
         blocks = dict(enumerate(arrangement.blocks, start=2)).get(stage, 0)
@@ -108,7 +121,46 @@ def non_local_blocks(arrangement, non_local):
                 f"`non_local` must name stages 2 to {len(arrangement.blocks) + 1} and residual blocks that they have, "
                 f"counted from 0; the stages have {arrangement.blocks} blocks. Received: non_local={non_local!r}"
             )
-    return {stage: tuple(indices) for stage, indices in placement.items()}
+    return {stage: tuple(indices) for stage, indices in placement.items() if indices}
+
+
+def non_local_arguments(placement, options):
+    """Expands the `non_local_options` argument of a builder to {stage: arguments of its blocks}."""
+    options = {} if options is None else options
+    stages = {key: value for key, value in options.items() if is_integer(key)} if isinstance(options, dict) else None
+    if stages is None or not all(isinstance(value, dict) for value in stages.values()):
+        raise ValueError(
+            "`non_local_options` must be a dictionary of arguments of `NonLocal3D`, with stages for those of their "
+            'blocks only, such as {"scale": None, 3: {"window": (4, None, None)}}. '
+            f"Received: non_local_options={options!r}"
+        )
+    for stage in stages:
+        if stage not in placement:
+            raise ValueError(
+                f"`non_local_options` must name stages that have non-local blocks ({sorted(placement)}); {stage!r} is "
+                f"none. Received: non_local_options={options!r}"
+            )
+    of_all = {key: value for key, value in options.items() if key not in stages}
+    for arguments in (of_all, *stages.values()):
+        check_options(NonLocal3D, arguments, options)
+    return {stage: RELEASE_OPTIONS | of_all | stages.get(stage, {}) for stage in placement}
+
+
+def check_options(layer, arguments, options):
+    """Raises a `ValueError` if one of `arguments` is none of the layer's; `options` is what the user gave."""
+    known = [name for name in inspect.signature(layer).parameters if name != "kwargs"] + ["dtype", "trainable"]
+    for name in arguments:
+        if name not in known:
+            nearest = difflib.get_close_matches(str(name), known) or known
+            raise ValueError(
+                f"`non_local_options` must hold arguments of `{layer.__name__}`; {name!r} is none. The nearest: "
+                f"{', '.join(nearest)}. Received: non_local_options={options!r}"
+            )
+
+
+def is_integer(value, least=0):
+    """Whether `value` is an integer, and not below `least`; `True` and `False` are none."""
+    return isinstance(value, numbers.Integral) and not isinstance(value, bool) and value >= least
 
 
 def build_resnet(
@@ -127,6 +179,9 @@ def build_resnet(
     inflation="3x1x1",
     temporal_strides=(1, 1, 2),
     pool1_padding="valid",
+    pool1_temporal_size=None,
+    stride_in_1x1=False,
+    pixels="release",
     dropout=0.5,
 ):
     """Builds any network of the family; the public functions are its rows with names.
@@ -138,18 +193,30 @@ def build_resnet(
     The other arguments are those of `I3DResNet50`.
     """
     placement = non_local_blocks(arrangement, non_local)
+    arguments = non_local_arguments(placement, non_local_options)
     if inflation not in ("3x1x1", "3x3x3"):
         raise ValueError(f'`inflation` must be "3x1x1" or "3x3x3". Received: inflation={inflation!r}')
     if pool1_padding not in ("valid", "same"):
         raise ValueError(f'`pool1_padding` must be "valid" or "same". Received: pool1_padding={pool1_padding!r}')
     if pooling not in (None, "avg", "max"):
         raise ValueError(f'`pooling` must be `None`, "avg" or "max". Received: pooling={pooling!r}')
-    if not isinstance(temporal_strides, (tuple, list)) or len(temporal_strides) != 3:
+    if not isinstance(pixels, str) or pixels not in PIXELS:
+        raise ValueError(f"`pixels` must be one of {', '.join(map(repr, PIXELS))}. Received: pixels={pixels!r}")
+    triple = isinstance(temporal_strides, (tuple, list)) and len(temporal_strides) == 3
+    if not triple or not all(is_integer(stride, 1) for stride in temporal_strides):
         raise ValueError(
-            "`temporal_strides` must be 3 integers: of conv1, pool1 and pool2. "
+            "`temporal_strides` must be 3 integers of at least 1: of conv1, pool1 and pool2. "
             f"Received: temporal_strides={temporal_strides!r}"
         )
-    options = RELEASE_OPTIONS | (non_local_options or {})
+    if pool1_temporal_size is not None and not is_integer(pool1_temporal_size, 1):
+        raise ValueError(
+            "`pool1_temporal_size` must be `None` or an integer of at least 1. "
+            f"Received: pool1_temporal_size={pool1_temporal_size!r}"
+        )
+    if include_top and not is_integer(classes, 1):
+        raise ValueError(f"`classes` must be an integer of at least 1. Received: classes={classes!r}")
+    if include_top and not (isinstance(dropout, numbers.Real) and 0 <= dropout < 1):
+        raise ValueError(f"`dropout` must be a number from 0 to below 1. Received: dropout={dropout!r}")
     channels_first = keras.config.image_data_format() == "channels_first"
     if input_tensor is not None:
         if not isinstance(input_tensor, keras.KerasTensor):
@@ -157,41 +224,67 @@ def build_resnet(
         input_shape = tuple(input_tensor.shape[1:])
     if input_shape is None:
         input_shape = (3, None, None, None) if channels_first else (None, None, None, 3)
-    if len(input_shape) != 4:
+    if not isinstance(input_shape, (tuple, list)) or len(input_shape) != 4:
         raise ValueError(
             "`input_shape` must have 4 entries, (frames, height, width, 3), or (3, frames, height, width) with "
             f"channels first. Received: input_shape={input_shape!r}"
         )
-    conv1_stride, pool1_stride, pool2_stride = temporal_strides
-    num_frames = input_shape[1] if channels_first else input_shape[0]
-    shortest = conv1_stride * pool1_stride * pool2_stride
-    if num_frames is not None and num_frames < shortest:
-        raise ValueError(
-            f"Clips must have at least {shortest} frames with temporal_strides={tuple(temporal_strides)}. "
-            f"Received: input_shape={input_shape!r}"
-        )
 
-    inputs = keras.Input(shape=input_shape) if input_tensor is None else input_tensor
-    x = _conv(inputs, arrangement.width, (5 if inflated else 1, 7, 7), (conv1_stride, 2, 2), "conv1")
-    x = keras.layers.ReLU(name="conv1_relu")(_norm(x, "res_conv1_bn"))
-    if pool1_padding == "same":
-        # Symmetric, with values that no ReLU can exceed from below: zeros.
-        x = keras.layers.ZeroPadding3D((0, 1, 1), name="pool1_pad")(x)
-    x = MaxPooling3D((pool1_stride, 3, 3), (pool1_stride, 2, 2), name="pool1")(x)
+    # The geometry: kernel sizes and strides of the stem, and of every residual block with what stands behind it.
+    conv1_stride, pool1_stride, pool2_stride = temporal_strides
+    conv1 = (5 if inflated else 1, 7, 7), (conv1_stride, 2, 2)
+    pool1 = (pool1_temporal_size or pool1_stride, 3, 3), (pool1_stride, 2, 2)
+    pool2 = (pool2_stride, 1, 1), (pool2_stride, 1, 1)
+    blocks = []
     for stage, num_blocks in enumerate(arrangement.blocks, start=2):
-        width = arrangement.width * 2 ** (stage - 2)
         for block in range(num_blocks):
             offset, step = INFLATED[stage]
             temporal = 3 if inflated and block >= offset and (block - offset) % step == 0 else 1
-            kernels = ((temporal, 1, 1), (1, 3, 3))
-            if inflation == "3x3x3":
-                kernels = ((1, 1, 1), (temporal, 3, 3))
+            kernels = ((temporal, 1, 1), (1, 3, 3)) if inflation == "3x1x1" else ((1, 1, 1), (temporal, 3, 3))
             stride = (1, 2, 2) if stage > 2 and block == 0 else (1, 1, 1)
-            x = _bottleneck(x, width, kernels, stride, block == 0, f"res{stage}_{block}")
+            layer = None
             if block in placement.get(stage, ()):
-                x = NonLocal3D(**options, name=f"nonlocal_conv{stage}_{block}")(x)
-        if stage == 2 and pool2_stride > 1:
-            x = MaxPooling3D((pool2_stride, 1, 1), name="pool2")(x)
+                layer = NonLocal3D(**arguments[stage], name=f"nonlocal_conv{stage}_{block}")
+            ends_res2 = stage == 2 and block == num_blocks - 1
+            blocks.append((stage, block, kernels, stride, layer, ends_res2))
+
+    least = [1, 1, 1]  # entries of a map that what follows needs, per axis, from the last layer to the first
+    for _, _, _, stride, layer, ends_res2 in reversed(blocks):
+        if ends_res2:
+            least = _least_inputs(least, *pool2)
+        if layer is not None:
+            least = _least_of_non_local(least, layer)
+        least = _least_inputs(least, (1, 1, 1), stride)
+    padding = (0, 1, 1) if pool1_padding == "same" else (0, 0, 0)
+    least = _least_inputs(_least_inputs(least, *pool1, padding), (1, 1, 1), conv1[1])
+    sizes, channels = (input_shape[1:], input_shape[0]) if channels_first else (input_shape[:3], input_shape[3])
+    if any(size is not None and size < n for size, n in zip(sizes, least, strict=True)):
+        raise ValueError(
+            f"Clips must have at least {least[0]} frames of height {least[1]} and width {least[2]} with these "
+            f"strides and non-local blocks. Received: input_shape={tuple(input_shape)}"
+        )
+
+    inputs = keras.Input(shape=input_shape) if input_tensor is None else input_tensor
+    x = inputs
+    if PIXELS[pixels] is not None:
+        if channels != 3:
+            raise ValueError(
+                f"Clips must have 3 channels with pixels={pixels!r}. Received: input_shape={tuple(input_shape)}"
+            )
+        x = _rescaling(*PIXELS[pixels], channels_first)(x)
+    x = _conv(x, arrangement.width, *conv1, "conv1")
+    x = keras.layers.ReLU(name="conv1_relu")(_norm(x, "res_conv1_bn"))
+    if pool1_padding == "same":
+        # Symmetric, with values that no ReLU can exceed from below: zeros.
+        x = keras.layers.ZeroPadding3D(padding, name="pool1_pad")(x)
+    x = MaxPooling3D(*pool1, name="pool1")(x)
+    for stage, block, kernels, stride, layer, ends_res2 in blocks:
+        width = arrangement.width * 2 ** (stage - 2)
+        strides = (stride, (1, 1, 1)) if stride_in_1x1 else ((1, 1, 1), stride)
+        x = _bottleneck(x, width, kernels, strides, block == 0, f"res{stage}_{block}")
+        x = x if layer is None else layer(x)
+        if ends_res2 and pool2_stride > 1:
+            x = MaxPooling3D(*pool2, name="pool2")(x)
     if include_top:
         x = keras.layers.GlobalAveragePooling3D(name="pool5")(x)
         x = keras.layers.Dropout(dropout, name="dropout")(x)
@@ -213,6 +306,32 @@ def build_resnet(
     if weights is not None:
         _load_weights(model, weights)
     return model
+
+
+def _least_inputs(outputs, kernel_size, strides, padding=(0, 0, 0)):
+    """Least sizes of a map from which a sliding window gives `outputs` positions.
+
+    A convolution that is padded by half its kernel on both sides counts as one of kernel 1.
+    """
+    return [
+        max((n - 1) * stride + kernel - 2 * p, 1)
+        for n, kernel, stride, p in zip(outputs, kernel_size, strides, padding, strict=True)
+    ]
+
+
+def _least_of_non_local(outputs, layer):
+    """Least sizes of a map for a non-local block: one window, and one key in it."""
+    none = (None,) * 3
+    sizes = zip(outputs, layer.window or none, layer.pool_size or none, strict=True)
+    return [max(n, window or 1, pool_size or 1) for n, window, pool_size in sizes]
+
+
+def _rescaling(mean, std, channels_first):
+    """From what `preprocess_input` gives to `(pixel - mean) / std` per channel."""
+    shape = (3, 1, 1, 1) if channels_first else (3,)
+    scale = PIXEL_STD / np.array(std)
+    offset = (PIXEL_MEAN - np.array(mean)) / std
+    return keras.layers.Rescaling(scale.reshape(shape).tolist(), offset.reshape(shape).tolist(), name="pixels")
 
 
 def _load_weights(model, weights):
@@ -258,14 +377,15 @@ def _norm(x, name):
     return keras.layers.BatchNormalization(axis=_channel_axis(), momentum=0.9, epsilon=1e-5, name=name)(x)
 
 
-def _bottleneck(x, width, kernels, stride, project, name):
+def _bottleneck(x, width, kernels, strides, project, name):
     shortcut = x
     if project:
+        stride = max(strides)  # of branch2a or of branch2b
         shortcut = _conv(x, 4 * width, (1, 1, 1), stride, name + "_branch1")
         shortcut = _norm(shortcut, name + "_branch1_bn")
-    x = _conv(x, width, kernels[0], (1, 1, 1), name + "_branch2a")
+    x = _conv(x, width, kernels[0], strides[0], name + "_branch2a")
     x = keras.layers.ReLU(name=name + "_branch2a_relu")(_norm(x, name + "_branch2a_bn"))
-    x = _conv(x, width, kernels[1], stride, name + "_branch2b")
+    x = _conv(x, width, kernels[1], strides[1], name + "_branch2b")
     x = keras.layers.ReLU(name=name + "_branch2b_relu")(_norm(x, name + "_branch2b_bn"))
     x = _norm(_conv(x, 4 * width, (1, 1, 1), (1, 1, 1), name + "_branch2c"), name + "_branch2c_bn")
     x = keras.layers.Add(name=name + "_add")([shortcut, x])
@@ -276,7 +396,8 @@ _DOCUMENTATION = """{title}
 
     The defaults are the arrangement of the authors' release for 8 frames ("8x8"): temporal strides (1, 1, 2) of conv1,
     pool1 and pool2, pool1 without padding, non-local blocks with sub-sampled keys and scaled scores.
-    Inputs are normalised by `keras_nonlocal.applications.preprocess_input`.
+    Inputs are normalised by `keras_nonlocal.applications.preprocess_input`; with `image_data_format` `"channels_first"`
+    in the Keras configuration the channels come before the frames, here and below.
 
     Args:
         include_top: Whether to have the head: global average pooling, dropout, dense layer.
@@ -291,18 +412,27 @@ _DOCUMENTATION = """{title}
         non_local: Non-local blocks: {numbers}, placed as in the paper, or a dictionary of stages to the indices of
             the residual blocks after which they stand, such as `{{4: [2]}}`.
         non_local_options: Dictionary of arguments of `NonLocal3D` for all blocks, over the release's
-            (`pool_size=(1, 2, 2)`, `scale="sqrt"`, N(0, 0.01) kernels).
+            (`pool_size=(1, 2, 2)`, `scale="sqrt"`, N(0, 0.01) kernels). Under a stage's number stands a dictionary for
+            that stage's blocks, over those of all: `{{3: {{"window": (4, None, None)}}}}` is the paper's choice for
+            long clips, groups of 4 frames in res3.
         inflation: Kernels of the I3D's inflated blocks: `"3x1x1"` or `"3x3x3"`. A C2D has none.
         temporal_strides: Temporal strides of conv1, pool1 and pool2. (2, 2, 2) is the paper's for 32 and 128
             frames; (1, 1, 1) takes images as clips of one frame.
         pool1_padding: `"valid"` (55×55 from 224×224, as the release's weights need) or `"same"` (56×56).
+        pool1_temporal_size: Frames that pool1 takes the maximum of; `None`: as many as its temporal stride.
+        stride_in_1x1: Whether a stage's spatial stride is that of its first 1×1×1 convolution (branch2a, as in
+            the ResNets of `keras.applications`) in place of its first 1×3×3 one (branch2b).
+        pixels: What pixels the weights were trained on. Inputs are always those of `preprocess_input`; a layer without
+            weights, "pixels", maps them to `"torch"` (ImageNet's mean and standard deviation of each channel) or
+            `"caffe"` (less ImageNet's mean).
         dropout: Rate of the dropout before the dense layer.
 
     Returns:
         A functional `keras.Model` from `(batch, frames, height, width, 3)` to `(batch, classes)`.
 
     Raises:
-        ValueError: if an argument is none of the above or a clip has fewer frames than the temporal strides need.
+        ValueError: if an argument is none of the above, or clips are shorter or smaller than the strides, windows and
+            sub-sampling need.
 
     Reference:
         [Non-local Neural Networks](https://arxiv.org/abs/1711.07971), table 1 and section 4
