@@ -1,6 +1,8 @@
 """The networks: the paper's sizes, a forward pass by hand, weights that move between networks."""
 
 import inspect
+import json
+from pathlib import Path
 
 import keras
 import numpy as np
@@ -12,16 +14,19 @@ from keras_nonlocal.applications import (
     C2DResNet11,
     I3DResNet11,
     I3DResNet50,
+    decode_predictions,
     folded,
     inflate_weights,
     insert_non_local,
     preprocess_input,
     resnet,
 )
+from keras_nonlocal.applications.labels import kinetics400
 from tests import reference
 from tests.descriptors import layer_weights, randomise, summary
 
 SHAPE = (8, 224, 224, 3)
+GOLDEN = Path(__file__).parent / "goldens" / "models.json"
 
 
 def assert_close(actual, expected, tolerance=1e-5):
@@ -35,41 +40,10 @@ def of(name, **options):
     return summary(getattr(applications, name), name="model", input_shape=SHAPE, **options)
 
 
-# Sizes
+# Sizes; parameters and multiply-adds are in test_summary.py
 
 
 SLOW = pytest.mark.slow
-
-
-@pytest.mark.parametrize(
-    ("name", "non_local", "millions"),
-    [
-        ("C2DResNet50", 0, "24.33"),
-        ("C2DResNet50", 5, "31.69"),
-        ("I3DResNet50", 0, "28.04"),
-        ("I3DResNet50", 5, "35.40"),
-        pytest.param("I3DResNet50", 10, "42.76", marks=SLOW),
-        pytest.param("C2DResNet101", 0, "43.32", marks=SLOW),
-        ("C2DResNet101", 5, "50.68"),
-        pytest.param("I3DResNet101", 0, "51.75", marks=SLOW),
-        ("I3DResNet101", 5, "59.11"),
-    ],
-)
-def test_parameters(name, non_local, millions):
-    assert f"{of(name, non_local=non_local)['trainable'] / 1e6:.2f}" == millions
-
-
-@SLOW
-def test_parameters_of_3x3x3():
-    count = of("I3DResNet101", non_local=0, inflation="3x3x3")["trainable"]
-    assert f"{count / 1e6:.2f}" == "63.04"
-
-
-def test_parameters_of_one_block():
-    for channels, expected in ((512, 526_592), (1024, 2_101_760)):
-        layer = layers.NonLocal3D(**resnet.RELEASE_OPTIONS)
-        layer.build((None, None, None, None, channels))
-        assert sum(int(np.prod(w.shape)) for w in layer.trainable_weights) == expected
 
 
 def sizes(shapes):
@@ -120,6 +94,35 @@ def test_positions_of_non_local_blocks(size, number):
     assert len(names) == number
 
 
+FAMILIES = [f"{family}ResNet{size}" for family in ("C2D", "I3D") for size in ("50", "101")]
+
+
+@pytest.mark.parametrize(
+    ("name", "number"),
+    [
+        pytest.param(name, number, marks=[SLOW] if number == 1 or "101" in name else [])
+        for name in FAMILIES
+        for number in (0, 1, 10)
+    ],
+)
+def test_golden_weights_of_other_numbers_of_blocks(name, number):
+    """The golden file has each network with 5 blocks, others are the same in other places: they need no file."""
+    golden = json.loads(GOLDEN.read_text())[f"{name}_5"]
+    of_block = {  # stage → weights of one of its blocks, without the name of the block
+        stage: [(path.split("/", 1)[1], shape) for path, shape in golden.items() if path.startswith(start)]
+        for stage, start in (("3", "nonlocal_conv3_1/"), ("4", f"nonlocal_conv{POSITIONS[name[9:], 5][-1]}/"))
+    }
+    expected = []
+    for path, shape in golden.items():
+        if path.startswith("nonlocal"):
+            continue
+        expected.append((path, shape))
+        position = path[3 : path.index("_branch")] if "branch2c_bn/moving_variance" in path else None
+        if number and position in POSITIONS[name[9:], number]:
+            expected += [(f"nonlocal_conv{position}/{rest}", shape) for rest, shape in of_block[position[0]]]
+    assert list(of(name, non_local=number)["weights"].items()) == expected
+
+
 @pytest.mark.parametrize(("size", "name"), [("50", "I3DResNet50"), ("101", "I3DResNet101")])
 def test_non_local_blocks_stand_after_their_residual_block(size, name):
     names = of(name, non_local=5)["layers"]
@@ -144,9 +147,8 @@ def test_inflated_kernels(name, blocks):
     assert all(shape[0] == 1 for path, shape in plain.items() if len(shape) == 5)
 
 
-@SLOW
 def test_inflated_kernels_of_3x3x3():
-    weights = of("I3DResNet101", non_local=0, inflation="3x3x3")["weights"]
+    weights = {w.path: list(w.shape) for w in I3DResNet11(non_local=0, inflation="3x3x3").weights}
     assert weights["res3_0_branch2a/kernel"][:3] == [1, 1, 1]
     assert weights["res3_0_branch2b/kernel"][:3] == [3, 3, 3]
     assert weights["res3_1_branch2b/kernel"][:3] == [1, 3, 3]
@@ -355,13 +357,19 @@ def test_non_local_argument():
     assert set(resnet.RELEASE_OPTIONS) == {"pool_size", "scale", "kernel_initializer"}
 
 
-def test_channels_first():
+@pytest.fixture
+def channels_first():
     before = keras.config.image_data_format()
     keras.config.set_image_data_format("channels_first")
-    try:
-        model = I3DResNet11(input_shape=(3, 4, 33, 27), include_top=False, pool1_padding="same")
-    finally:
-        keras.config.set_image_data_format(before)
+    yield
+    keras.config.set_image_data_format(before)
+
+
+def test_channels_first(channels_first):
+    model = I3DResNet11(input_shape=(3, 4, 33, 27), include_top=False, pool1_padding="same")
+    with pytest.raises(ValueError, match=r"at least 2 frames .*Received: input_shape=\(3, 1, 33, 27\)"):
+        I3DResNet11(input_shape=(3, 1, 33, 27))
+    keras.config.set_image_data_format("channels_last")
     last = I3DResNet11(input_shape=(4, 33, 27, 3), include_top=False, pool1_padding="same")
     assert model.output_shape == (None, 128, *last.output_shape[1:4])
     assert [w.shape for w in model.weights] == [w.shape for w in last.weights]
@@ -389,6 +397,220 @@ def test_weights(rng, tmp_path):
             np.testing.assert_array_equal(loaded(x, training=False), expected)
     with pytest.raises(ValueError):
         I3DResNet11(weights=path, input_shape=x.shape[1:], classes=6)
+
+
+def features(model, names, x):
+    """Outputs of the named layers."""
+    outputs = [model.get_layer(name).output for name in names]
+    return [np.asarray(y) for y in keras.tree.flatten(keras.Model(model.inputs[0], outputs)(x, training=False))]
+
+
+def test_stride_in_1x1(rng):
+    """The same as taking every second row and column, then no stride at all."""
+    x = rng.normal(size=(2, 4, 33, 27, 3)).astype("float32")
+    model = randomise(I3DResNet11(input_shape=x.shape[1:], stride_in_1x1=True))
+    inputs, outputs = features(model, ("pool2", "res3_0_out"), x)
+    assert outputs.shape[2:4] == (4, 3)
+
+    def convolution(x, branch):
+        (kernel,) = model.get_layer(f"res3_0_{branch}").get_weights()
+        norm = model.get_layer(f"res3_0_{branch}_bn").get_weights()
+        return reference.batch_norm(reference.conv3d(x, kernel, (1, 1, 1)), norm)
+
+    half = np.float64(inputs)[:, :, ::2, ::2]
+    y = convolution(reference.relu(convolution(half, "branch2a")), "branch2b")
+    y = convolution(reference.relu(y), "branch2c")
+    assert_close(outputs, reference.relu(y + convolution(half, "branch1")), 1e-5)
+    weights = {w.path: w.shape for w in I3DResNet11().weights}
+    assert {w.path: w.shape for w in model.weights} == weights
+
+
+@pytest.mark.parametrize(("padding", "size"), [("valid", None), ("valid", 1), ("same", 1), ("same", 3)])
+def test_pool1(rng, padding, size):
+    x = rng.normal(size=(2, 9, 33, 27, 3)).astype("float32")
+    options = {"temporal_strides": (1, 2, 2), "pool1_padding": padding, "pool1_temporal_size": size}
+    model = randomise(C2DResNet11(input_shape=x.shape[1:], non_local=0, **options))
+    inputs, outputs = features(model, ("conv1_relu", "pool1"), x)
+    if padding == "same":
+        inputs = np.pad(inputs, ((0, 0), (0, 0), (1, 1), (1, 1), (0, 0)))
+    np.testing.assert_array_equal(outputs, reference.max_pool3d(inputs, (size or 2, 3, 3), (2, 2, 2)))
+
+
+STATISTICS = {  # of ImageNet's pixels in 0..1, as torchvision prints them, and of its older networks in 0..255
+    "torch": (np.array([0.485, 0.456, 0.406]) * 255, np.array([0.229, 0.224, 0.225]) * 255),
+    "caffe": (np.array([123.68, 116.779, 103.939]), 1.0),
+}
+
+
+@pytest.mark.parametrize("pixels", STATISTICS)
+def test_pixels(rng, tmp_path, pixels):
+    x = rng.integers(0, 256, (2, 4, 33, 27, 3)).astype("uint8")
+    mean, std = STATISTICS[pixels]
+    model = randomise(C2DResNet11(input_shape=x.shape[1:], classes=5, pixels=pixels))
+    (theirs,) = features(model, ["pixels"], preprocess_input(x))
+    assert_close(theirs, (x - mean) / std, 1e-6)
+    plain = C2DResNet11(input_shape=x.shape[1:], classes=5)
+    assert [w.path for w in plain.weights] == [w.path for w in model.weights]
+    plain.set_weights(model.get_weights())
+    assert_close(model(preprocess_input(x), training=False), plain(theirs, training=False))
+    model.save(tmp_path / "model.keras")
+    loaded = keras.saving.load_model(tmp_path / "model.keras")
+    np.testing.assert_array_equal(loaded(theirs), model(theirs))
+
+
+@pytest.mark.parametrize("pixels", STATISTICS)
+def test_pixels_channels_first(rng, channels_first, pixels):
+    model = C2DResNet11(input_shape=(3, 4, 33, 27), pixels=pixels)
+    assert model.get_layer("pixels").output.shape == (None, 3, 4, 33, 27)
+    x = rng.integers(0, 256, (2, 3, 4, 5, 6))
+    mean, std = (np.broadcast_to(values, 3).reshape(3, 1, 1, 1) for values in STATISTICS[pixels])
+    assert_close(model.get_layer("pixels")(preprocess_input(x)), (x - mean) / std, 1e-6)
+
+
+def test_pixels_of_the_release_need_no_layer():
+    assert "pixels" not in [layer.name for layer in C2DResNet11().layers]
+
+
+def test_options_per_stage():
+    options = {"pairwise": "dot_product", "scale": None, 3: {"window": (4, None, None), "pairwise": "gaussian"}}
+    model = C2DResNet11(input_shape=(8, 64, 64, 3), non_local={2: [0], 3: (0, 1)}, non_local_options=options)
+    found = {
+        layer.name: (layer.pairwise, layer.window, layer.scale, layer.pool_size)
+        for layer in model.layers
+        if isinstance(layer, layers.NonLocal3D)
+    }
+    groups = ("gaussian", (4, None, None), None, (1, 2, 2))
+    assert found == {
+        "nonlocal_conv2_0": ("dot_product", None, None, (1, 2, 2)),
+        "nonlocal_conv3_0": groups,
+        "nonlocal_conv3_1": groups,
+    }
+    assert options[3] == {"window": (4, None, None), "pairwise": "gaussian"}
+
+
+def test_groups_of_frames_do_not_see_each_other(rng):
+    """Windows of 4 frames behind two strides of 2: half of a clip of 32 frames leaves the other half as it was."""
+    options = {"temporal_strides": (2, 2, 1), "non_local_options": {3: {"window": (4, None, None)}}}
+    x = rng.normal(size=(1, 32, 33, 27, 3)).astype("float32")
+    other = np.concatenate([x[:, :16], x[:, 16:] + 1], axis=1)
+    model = randomise(C2DResNet11(input_shape=x.shape[1:], include_top=False, non_local=1, **options))
+    a, b = np.asarray(model(x, training=False)), np.asarray(model(other, training=False))
+    assert a.shape[1] == 8
+    np.testing.assert_array_equal(a[:, :4], b[:, :4])
+    assert np.abs(a[:, 4:] - b[:, 4:]).max() > 1e-3
+
+
+WINDOW = {"window": (4, 3, None), "pool_size": (1, 2, 5)}
+LEAST = [  # (builder, options, frames, height, width)
+    (C2DResNet11, {"non_local": 0}, 2, 5, 5),  # res3 1 ← res2 1 ← conv1 3 ← 5
+    (C2DResNet11, {}, 2, 13, 13),  # keys of 2×2 in res3: res3 2 ← res2 3 ← conv1 7 ← 13
+    (I3DResNet11, {"pool1_padding": "same", "non_local": 0}, 2, 1, 1),
+    (I3DResNet11, {"pool1_padding": "same"}, 2, 9, 9),  # res3 2 ← res2 3 ← conv1 5 ← 9
+    (I3DResNet11, {"temporal_strides": (2, 2, 2)}, 7, 13, 13),  # pool2 2 ← pool1 2 · 2 ← conv1 7
+    (I3DResNet11, {"temporal_strides": (2, 2, 2), "pool1_temporal_size": 1}, 5, 13, 13),
+    (C2DResNet11, {"non_local_options": {3: WINDOW}}, 8, 21, 37),  # res3 4, 3, 5 ← res2 8, 5, 9 ← conv1 8, 11, 19
+    (C2DResNet11, {"non_local": {2: [0]}, "non_local_options": {"window": (6, None, None)}}, 6, 9, 9),
+]
+
+
+@pytest.mark.parametrize(("builder", "options", "frames", "height", "width"), LEAST)
+def test_least_sizes(builder, options, frames, height, width):
+    least = (frames, height, width)
+    model = builder(input_shape=(*least, 3), include_top=False, **options)
+    assert min(model.output_shape[1:]) >= 1
+    dynamic = builder(include_top=False, **options)
+    for axis in range(3):
+        less = tuple(size - (axis == i) for i, size in enumerate(least))
+        with pytest.raises(ValueError, match=f"at least {frames} frames of height {height} and width {width} "):
+            builder(input_shape=(*less, 3), **options)
+        if 0 not in less:  # and indeed, one less leaves nothing
+            with pytest.raises(ValueError):
+                applications.summarize(dynamic, (*less, 3))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"classes": 0}, r"`classes` must be an integer of at least 1\. Received: classes=0$"),
+        ({"classes": 4.0}, r"`classes` must be .*Received: classes=4\.0$"),
+        ({"dropout": 1}, r"`dropout` must be a number from 0 to below 1\. Received: dropout=1$"),
+        ({"dropout": "half"}, r"`dropout` must be .*Received: dropout='half'$"),
+        ({"pixels": "tf"}, r"`pixels` must be one of 'release', 'torch', 'caffe'\. Received: pixels='tf'$"),
+        ({"pixels": "torch", "input_shape": (8, 64, 64, 1)}, r"must have 3 channels with pixels='torch'\. Received"),
+        ({"pool1_temporal_size": 0}, r"`pool1_temporal_size` must be .*Received: pool1_temporal_size=0$"),
+        ({"temporal_strides": (1, 0, 1)}, r"`temporal_strides` must be .*temporal_strides=\(1, 0, 1\)$"),
+        ({"input_shape": 64}, r"`input_shape` must have 4 .*Received: input_shape=64$"),
+        ({"non_local": True}, r"`non_local` must be one of 0, 1, 2, or .*Received: non_local=True$"),
+        ({"non_local": [3]}, r"`non_local` must be one of .*Received: non_local=\[3\]$"),
+        ({"non_local": {3: 1}}, r"`non_local` must be one of .*Received: non_local=\{3: 1\}$"),
+        ({"non_local": {3: ["1"]}}, r"`non_local` must be one of .*Received: non_local=\{3: \['1'\]\}$"),
+        ({"non_local": {"3": [1]}}, r"`non_local` must name stages .*Received: non_local=\{'3': \[1\]\}$"),
+        (
+            {"non_local_options": ["scale"]},
+            r"`non_local_options` must be a dictionary .*non_local_options=\['scale'\]$",
+        ),
+        ({"non_local_options": {3: 4}}, r"`non_local_options` must be a dictionary .*non_local_options=\{3: 4\}$"),
+        ({"non_local_options": {4: {}}}, r"stages that have non-local blocks \(\[3\]\); 4 is none\. Received: non_loc"),
+        ({"non_local": 0, "non_local_options": {3: {}}}, r"have non-local blocks \(\[\]\); 3 is none\. Received"),
+        ({"non_local_options": {"windows": 1}}, r"of `NonLocal3D`; 'windows' is none\. The nearest: window\. Received"),
+        ({"non_local_options": {3: {"pool": 1}}}, r"'pool' is none\. The nearest: .*pool.*Received: non_local_opt"),
+        (
+            {"non_local_options": {"name": "mine"}},
+            r"'name' is none\. .*Received: non_local_options=\{'name': 'mine'\}$",
+        ),
+        ({"non_local_options": {"pairwise": "euclid"}}, r"Received: pairwise='euclid'"),
+        ({"non_local_options": {"window": (4, None)}}, r"`window` must be .*Received: window=\(4, None\)$"),
+    ],
+)
+def test_errors_of_arguments(options, message):
+    with pytest.raises(ValueError, match=message):
+        C2DResNet11(**options)
+
+
+def test_arguments_that_nothing_needs_are_not_looked_at():
+    model = C2DResNet11(include_top=False, classes=None, dropout=None, non_local=0, non_local_options={"scale": 1})
+    assert model.output_shape[-1] == 128
+
+
+# Names of classes
+
+
+def test_kinetics_class_names():
+    names = kinetics400()
+    assert len(set(names)) == 400
+    assert list(names) == sorted(names)
+    assert all(name == name.strip() and name for name in names)
+    # As the release numbers them (process_data/kinetics/classids.json).
+    numbers = {0: "abseiling", 5: "archery", 173: "jumpstyle dancing", 290: "sharpening knives", 399: "zumba"}
+    assert {index: names[index] for index in numbers} == numbers
+
+
+def test_decode_predictions():
+    scores = np.zeros((2, 400), "float32")
+    scores[0, [5, 173, 399]] = 0.25, 0.5, 0.125
+    scores[1, 290] = 1
+    for predictions in (scores, tf.constant(scores), scores.tolist()):
+        first, second = decode_predictions(predictions, top=3)
+        assert first == [(173, "jumpstyle dancing", 0.5), (5, "archery", 0.25), (399, "zumba", 0.125)]
+        assert second == [(290, "sharpening knives", 1.0), (0, "abseiling", 0.0), (1, "air drumming", 0.0)]
+    assert len(decode_predictions(scores)[0]) == 5
+    assert decode_predictions(np.ones((1, 2)), top=2, class_names=["a", "b"]) == [[(0, "a", 1.0), (1, "b", 1.0)]]
+
+
+@pytest.mark.parametrize(
+    ("shape", "options", "message"),
+    [
+        ((2, 399), {}, r"the shape \(samples, 400\), .*Received: predictions\.shape=\(2, 399\)$"),
+        ((400,), {}, r"`predictions` must have .*Received: predictions\.shape=\(400,\)$"),
+        ((1, 3), {"class_names": "ab"}, r"\(samples, 2\), .*Received: predictions\.shape=\(1, 3\)$"),
+        ((1, 400), {"top": 0}, r"`top` must be an integer from 1 to 400\. Received: top=0$"),
+        ((1, 3), {"class_names": "abc", "top": 4}, r"`top` must be an integer from 1 to 3\. Received: top=4$"),
+        ((1, 400), {"top": 2.0}, r"`top` must be .*Received: top=2\.0$"),
+    ],
+)
+def test_errors_of_decode_predictions(shape, options, message):
+    with pytest.raises(ValueError, match=message):
+        decode_predictions(np.ones(shape), **options)
 
 
 @pytest.mark.parametrize(

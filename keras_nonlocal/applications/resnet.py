@@ -9,7 +9,6 @@ Shape letters: B batch, T time, H height, W width, C channels.
 import dataclasses
 import difflib
 import inspect
-import numbers
 import os
 import zipfile
 
@@ -160,7 +159,7 @@ def check_options(layer, arguments, options):
 
 def is_integer(value, least=0):
     """Whether `value` is an integer, and not below `least`; `True` and `False` are none."""
-    return isinstance(value, numbers.Integral) and not isinstance(value, bool) and value >= least
+    return isinstance(value, int) and not isinstance(value, bool) and value >= least
 
 
 def build_resnet(
@@ -215,7 +214,7 @@ def build_resnet(
         )
     if include_top and not is_integer(classes, 1):
         raise ValueError(f"`classes` must be an integer of at least 1. Received: classes={classes!r}")
-    if include_top and not (isinstance(dropout, numbers.Real) and 0 <= dropout < 1):
+    if include_top and not (isinstance(dropout, (int, float)) and 0 <= dropout < 1):
         raise ValueError(f"`dropout` must be a number from 0 to below 1. Received: dropout={dropout!r}")
     channels_first = keras.config.image_data_format() == "channels_first"
     if input_tensor is not None:

@@ -46,8 +46,8 @@ class Summary:
         non_local_macs: Likewise.
         non_local_activation_bytes: Likewise.
         rows: A `SummaryRow` for each call of a layer, in order.
-        not_counted: Names of layers whose multiply-adds are not known here and count as 0: those with weights, of another
-            kind than in the table `COUNTS`, and products of tensors.
+        not_counted: Names of layers whose multiply-adds are not known here and count as 0: those with weights that are
+            no row of the table `COUNTS`, and products of tensors.
     """
 
     name: str
@@ -109,9 +109,9 @@ def summarize(model, input_shape=None):
     >>> from keras_nonlocal.applications import C2DResNet11
     >>> print(summarize(C2DResNet11(classes=5), input_shape=(8, 224, 224, 3)))
     c2d_resnet11                     all          non-local blocks
-    parameters, M                   0.15            0.07     45.1%
-    multiply-adds, G                1.32            0.97     73.3%
-    activations, MiB              305.91           38.69     12.6%
+    parameters, M                   0.12            0.07     57.2%
+    multiply-adds, G                1.25            0.76     60.5%
+    activations, MiB              129.28           32.54     25.2%
     """
     if not _is_graph(model):
         raise ValueError(f"`model` must be a functional Keras model. Received: model={model!r}")
@@ -177,8 +177,13 @@ class _Probe(keras.Operation):
 
 def _walk(model, inputs, prefix, calls):
     """Appends `(name, layer, shapes of inputs, shapes of outputs)` of every call, and returns the model's outputs."""
-    graph = keras.Model(model.input, model.output)  # the same layers, whatever the model's class
-    inputs = [keras.Input(batch_shape=x.shape, dtype=x.dtype) for x in inputs]
+    # The same layers, whatever the model's class.
+    if isinstance(model, keras.Sequential):
+        graph = keras.Model(model.inputs[0], model.outputs[0])
+    else:
+        graph = keras.Model(model.input, model.output)
+    own = keras.tree.flatten(graph.input)
+    inputs = [keras.Input(batch_shape=x.shape, dtype=x.dtype, name=o.name) for x, o in zip(inputs, own, strict=True)]
     copy = keras.models.clone_model(
         graph,
         input_tensors=keras.tree.pack_sequence_as(graph.input, inputs),
