@@ -36,6 +36,7 @@ class Array:
     value = None
 
     def build(self, state):
+        """Takes the state that NumPy's `__setstate__` would."""
         _, shape, dtype, fortran, raw = state if len(state) == 5 else (None, *state)
         self.value = _array(raw, dtype, shape, "F" if fortran else "C")
 
@@ -49,6 +50,7 @@ class DType:
         self.value = np.dtype(code)
 
     def build(self, state):
+        """Takes the byte order of the state that NumPy's `__setstate__` would."""
         order = state[1]
         if order not in ("<", ">", "=", "|"):
             raise Refusal(f"The file must hold arrays of plain numbers, and has a byte order {order!r}.")
