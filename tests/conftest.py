@@ -18,11 +18,11 @@ import pytest  # noqa: E402
 # Not collected rather than skipped: a test that appears has run.
 PORTABLE = {
     "jax": ("ops", "fast_forms", "layers", "conformance", "compiled", "ops_jax"),
-    "torch": ("ops", "fast_forms", "layers", "conformance"),
+    "torch": ("ops", "fast_forms", "layers", "conformance", "checkpoints_torch"),
 }
 BACKEND = os.environ["KERAS_BACKEND"]
 if BACKEND == "tensorflow":
-    collect_ignore = ["test_ops_jax.py"]
+    collect_ignore = ["test_ops_jax.py", "test_checkpoints_torch.py"]
 else:
     portable = {f"test_{name}.py" for name in PORTABLE[BACKEND]}
     collect_ignore = [path.name for path in Path(__file__).parent.glob("test_*.py") if path.name not in portable]
