@@ -100,7 +100,8 @@ def main():
         "# Convolutions of single frames in 2-D",
         "",
         f"TensorFlow {tf.__version__}, Keras {keras.__version__}, {os.cpu_count()} cores, no accelerator, float32; "
-        f"medians of {options.rounds} rounds in turns; {time.strftime('%Y-%m-%d')}. Written by `python benchmarks/convolutions.py`.",
+        f"medians of {options.rounds} rounds in turns; {time.strftime('%Y-%m-%d')}. "
+        "Written by `python benchmarks/convolutions.py`.",
         "",
         "| network | clips | | pass | folded | `Conv3D` | folded ÷ `Conv3D` |",
         "|---|---|---|---|---:|---:|---:|",

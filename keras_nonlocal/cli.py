@@ -203,6 +203,14 @@ def _export(args):
     return 0
 
 
+def _convert(args):
+    from keras_nonlocal.applications import convert_checkpoint
+
+    with _reported_as_bad_input():
+        print(convert_checkpoint(args.checkpoint, args.out, args.model))
+    return 0
+
+
 # Models
 
 
@@ -422,7 +430,7 @@ def _parser():
     train.add_argument("--model", choices=NETWORKS, default="i3d_resnet50", help="network (default: %(default)s)")
     train.add_argument("--non-local", type=int, metavar="N", help="non-local blocks (default: the network's)")
     train.add_argument("--pairwise", choices=PAIRWISE, help="pairwise function (default: embedded_gaussian)")
-    train.add_argument("--weights", metavar="PATH", help="weights to start from, .keras or .weights.h5")
+    train.add_argument("--weights", metavar="PATH", help="weights to start from: a file of Keras or of another project")
     _sizes(train, num_frames=8, frame_stride=8, image_size=224)
     train.add_argument(
         "--shorter-side",
@@ -466,6 +474,13 @@ def _parser():
     export.add_argument(
         "--class-names", metavar="A,B,…", help="names of the scores (default: those that `train` wrote beside MODEL)"
     )
+
+    convert = _command(commands, "convert", _convert, "makes a weight file of another project one of Keras")
+    convert.add_argument(
+        "checkpoint", metavar="CHECKPOINT", help="a file of the authors' release, PySlowFast, MMAction2 or torchvision"
+    )
+    convert.add_argument("out", metavar="OUT", help="file to write, .weights.h5 or .keras")
+    convert.add_argument("--model", choices=NETWORKS, help="network to fill (default: the one that the file is of)")
     return parser
 
 

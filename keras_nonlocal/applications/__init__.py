@@ -1,5 +1,6 @@
 """Ready networks, what they cost, and non-local blocks for any other."""
 
+from keras_nonlocal.applications.conversion import Conversion, convert_checkpoint
 from keras_nonlocal.applications.heads import keypoint_head
 from keras_nonlocal.applications.labels import decode_predictions
 from keras_nonlocal.applications.resnet import (
@@ -21,8 +22,10 @@ __all__ = [
     "I3DResNet11",
     "I3DResNet50",
     "I3DResNet101",
+    "Conversion",
     "Summary",
     "SummaryRow",
+    "convert_checkpoint",
     "decode_predictions",
     "inflate_weights",
     "insert_non_local",

@@ -9,13 +9,12 @@ Shape letters: B batch, T time, H height, W width, C channels.
 import dataclasses
 import difflib
 import inspect
-import os
-import zipfile
 
 import keras
 import numpy as np
 from keras import ops
 
+from keras_nonlocal.applications import weights as network_weights
 from keras_nonlocal.applications.folded import Conv3D, MaxPooling3D
 from keras_nonlocal.layers import NonLocal3D
 
@@ -39,6 +38,7 @@ class Arrangement:
         width: Channels of the first convolution; stage `s` has `width * 2 ** (s - 2)` in its bottlenecks.
         non_local: Number of non-local blocks → {stage: indices of the residual blocks after which they stand}.
         default_non_local: The number that a builder takes by default.
+        keras_name: Name of the network in `keras.applications` with the weights of images for it, if there is one.
         remark: What its documentation adds to the title.
     """
 
@@ -46,20 +46,23 @@ class Arrangement:
     width: int
     non_local: dict
     default_non_local: int = 5
+    keras_name: str | None = None
     remark: str = ""
 
 
 ARRANGEMENTS = {
-    "11": Arrangement((1, 2), 16, {1: {3: (1,)}, 2: {3: (0, 1)}}, 2, ", small: for CPUs, examples and tests"),
+    "11": Arrangement((1, 2), 16, {1: {3: (1,)}, 2: {3: (0, 1)}}, 2, remark=", small: for CPUs, examples and tests"),
     "50": Arrangement(
         (3, 4, 6, 3),
         64,
         {1: {4: (4,)}, 5: {3: (1, 3), 4: (1, 3, 5)}, 10: {3: range(4), 4: range(6)}},
+        keras_name="ResNet50",
     ),
     "101": Arrangement(
         (3, 4, 23, 3),
         64,
         {1: {4: (21,)}, 5: {3: (1, 3), 4: (6, 13, 20)}, 10: {3: range(4), 4: range(2, 23, 4)}},
+        keras_name="ResNet101",
     ),
 }
 
@@ -67,7 +70,9 @@ ARRANGEMENTS = {
 # from the first, but in res5 from the second.
 INFLATED = {2: (0, 1), 3: (0, 2), 4: (0, 2), 5: (1, 2)}
 
-# The authors' release, where it differs from the layer's defaults (the paper's equations).
+# The authors' release: its arrangement for 8 frames, and where its blocks differ from the layer's defaults (the paper's
+# equations).
+RELEASE = {"temporal_strides": (1, 1, 2), "pool1_padding": "valid", "stride_in_1x1": False, "pixels": "release"}
 RELEASE_OPTIONS = {
     "pool_size": (1, 2, 2),
     "scale": "sqrt",
@@ -123,8 +128,11 @@ def non_local_blocks(arrangement, non_local):
     return {stage: tuple(indices) for stage, indices in placement.items() if indices}
 
 
-def non_local_arguments(placement, options):
-    """Expands the `non_local_options` argument of a builder to {stage: arguments of its blocks}."""
+def non_local_arguments(placement, options, defaults):
+    """Expands the `non_local_options` argument of a builder to {stage: arguments of its blocks}.
+
+    `defaults`: what the weights need, over the release's options.
+    """
     options = {} if options is None else options
     stages = {key: value for key, value in options.items() if is_integer(key)} if isinstance(options, dict) else None
     if stages is None or not all(isinstance(value, dict) for value in stages.values()):
@@ -142,7 +150,7 @@ def non_local_arguments(placement, options):
     of_all = {key: value for key, value in options.items() if key not in stages}
     for arguments in (of_all, *stages.values()):
         check_options(NonLocal3D, arguments, options)
-    return {stage: RELEASE_OPTIONS | of_all | stages.get(stage, {}) for stage in placement}
+    return {stage: RELEASE_OPTIONS | defaults | of_all | stages.get(stage, {}) for stage in placement}
 
 
 def check_options(layer, arguments, options):
@@ -176,11 +184,11 @@ def build_resnet(
     non_local=5,
     non_local_options=None,
     inflation="3x1x1",
-    temporal_strides=(1, 1, 2),
-    pool1_padding="valid",
+    temporal_strides=None,
+    pool1_padding=None,
     pool1_temporal_size=None,
-    stride_in_1x1=False,
-    pixels="release",
+    stride_in_1x1=None,
+    pixels=None,
     dropout=0.5,
 ):
     """Builds any network of the family; the public functions are its rows with names.
@@ -191,8 +199,20 @@ def build_resnet(
 
     The other arguments are those of `I3DResNet50`.
     """
+    checkpoint = None if weights is None else network_weights.read(weights, arrangement.keras_name)
+    settings = RELEASE if checkpoint is None else RELEASE | checkpoint.settings
+    given = {
+        "temporal_strides": temporal_strides,
+        "pool1_padding": pool1_padding,
+        "pool1_temporal_size": pool1_temporal_size,
+        "stride_in_1x1": stride_in_1x1,
+        "pixels": pixels,
+    }
+    temporal_strides, pool1_padding, pool1_temporal_size, stride_in_1x1, pixels = (
+        settings.get(name) if value is None else value for name, value in given.items()
+    )
     placement = non_local_blocks(arrangement, non_local)
-    arguments = non_local_arguments(placement, non_local_options)
+    arguments = non_local_arguments(placement, non_local_options, settings.get("non_local_options", {}))
     if inflation not in ("3x1x1", "3x3x3"):
         raise ValueError(f'`inflation` must be "3x1x1" or "3x3x3". Received: inflation={inflation!r}')
     if pool1_padding not in ("valid", "same"):
@@ -303,7 +323,7 @@ def build_resnet(
         inputs = inputs[0] if len(inputs) == 1 else inputs
     model = keras.Model(inputs, x, name=name)
     if weights is not None:
-        _load_weights(model, weights)
+        network_weights.load(model, weights, checkpoint)
     return model
 
 
@@ -331,22 +351,6 @@ def _rescaling(mean, std, channels_first):
     scale = PIXEL_STD / np.array(std)
     offset = (PIXEL_MEAN - np.array(mean)) / std
     return keras.layers.Rescaling(scale.reshape(shape).tolist(), offset.reshape(shape).tolist(), name="pixels")
-
-
-def _load_weights(model, weights):
-    path = os.fspath(weights)
-    if not path.endswith((".weights.h5", ".keras")):
-        raise ValueError(
-            f"`weights` must be `None` or the path of a `.weights.h5` or `.keras` file. Received: weights={weights!r}"
-        )
-    if not os.path.exists(path):
-        raise ValueError(f"The file that `weights` names does not exist. Received: weights={weights!r}")
-    try:
-        model.load_weights(path)
-    except (OSError, zipfile.BadZipFile) as error:  # which do not name the file
-        raise ValueError(
-            f"`weights` must be a file that Keras wrote ({error}). Received: weights={weights!r}"
-        ) from error
 
 
 def _channel_axis():
@@ -400,7 +404,10 @@ _DOCUMENTATION = """{title}
 
     Args:
         include_top: Whether to have the head: global average pooling, dropout, dense layer.
-        weights: `None` (random) or the path of a `.weights.h5` or `.keras` file.
+        weights: `None` (random); the path of a `.weights.h5` or `.keras` file; the path of a file of the authors'
+            release, PySlowFast, MMAction2 or torchvision (see `keras_nonlocal.checkpoints.read`); or `"imagenet"`: the
+            weights of `keras.applications`, repeated along time. Non-local blocks that a file does not have start
+            as the identity; weights of images leave the head random, too.
         input_tensor: Optional Keras tensor to use as the input.
         input_shape: Optional shape of a clip, `(frames, height, width, 3)`; any but the channels may be `None`.
             `None`: all of them are.
@@ -415,23 +422,26 @@ _DOCUMENTATION = """{title}
             that stage's blocks, over those of all: `{{3: {{"window": (4, None, None)}}}}` is the paper's choice for
             long clips, groups of 4 frames in res3.
         inflation: Kernels of the I3D's inflated blocks: `"3x1x1"` or `"3x3x3"`. A C2D has none.
-        temporal_strides: Temporal strides of conv1, pool1 and pool2. (2, 2, 2) is the paper's for 32 and 128
-            frames; (1, 1, 1) takes images as clips of one frame.
-        pool1_padding: `"valid"` (55×55 from 224×224, as the release's weights need) or `"same"` (56×56).
-        pool1_temporal_size: Frames that pool1 takes the maximum of; `None`: as many as its temporal stride.
+        temporal_strides: Temporal strides of conv1, pool1 and pool2: (1, 1, 2), or what the file in `weights` says.
+            (2, 2, 2) is the paper's for 32 and 128 frames; (1, 1, 1) takes images as clips of one frame.
+        pool1_padding: `"valid"` (55×55 from 224×224, as the release's weights need) or `"same"` (56×56). `None`:
+            `"valid"`, or what the file says.
+        pool1_temporal_size: Frames that pool1 takes the maximum of; `None`: as many as its temporal stride, or what the
+            file says.
         stride_in_1x1: Whether a stage's spatial stride is that of its first 1×1×1 convolution (branch2a, as in
-            the ResNets of `keras.applications`) in place of its first 1×3×3 one (branch2b).
+            the ResNets of `keras.applications`) in place of its first 1×3×3 one (branch2b). `None`: only if the file
+            in `weights` says so.
         pixels: What pixels the weights were trained on. Inputs are always those of `preprocess_input`; a layer without
             weights, "pixels", maps them to `"torch"` (ImageNet's mean and standard deviation of each channel) or
-            `"caffe"` (less ImageNet's mean).
+            `"caffe"` (less ImageNet's mean). `None`: `"release"`, or what the file says.
         dropout: Rate of the dropout before the dense layer.
 
     Returns:
         A functional `keras.Model` from `(batch, frames, height, width, 3)` to `(batch, classes)`.
 
     Raises:
-        ValueError: if an argument is none of the above, or clips are shorter or smaller than the strides, windows and
-            sub-sampling need.
+        ValueError: if an argument is none of the above, the weights do not fit, or clips are shorter or smaller than
+            the strides, windows and sub-sampling need.
 
     Reference:
         [Non-local Neural Networks](https://arxiv.org/abs/1711.07971), table 1 and section 4

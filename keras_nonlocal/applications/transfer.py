@@ -123,7 +123,9 @@ def inflate_weights(image_model, video_model, method="average"):
             not_filled.append(layer.name)
             continue
         source, shapes = sources[layer.name], [tuple(weight.shape) for weight in layer.weights]
-        values = [_inflate(value, shape, method) for value, shape in zip(source.get_weights(), shapes, strict=False)]
+        values = [
+            inflate_kernel(value, shape, method) for value, shape in zip(source.get_weights(), shapes, strict=False)
+        ]
         if len(source.weights) == len(shapes) and all(value is not None for value in values):
             planned.append((layer, values))
         elif layer is head and isinstance(layer, keras.layers.Dense):
@@ -144,8 +146,8 @@ def inflate_weights(image_model, video_model, method="average"):
     return not_filled
 
 
-def _inflate(value, shape, method):
-    """The value in the target's shape, or `None` if it does not fit."""
+def inflate_kernel(value, shape, method="average"):
+    """The value in the target's shape, repeated along time if it has one step there; `None` if it does not fit."""
     if value.shape == shape:
         return value
     if value.ndim == 4 and len(shape) == 5:

@@ -7,6 +7,7 @@ import dataclasses
 import os
 import zipfile
 
+import keras
 import numpy as np
 
 from keras_nonlocal import checkpoints
@@ -127,14 +128,16 @@ def load(model, weights, checkpoint=None):
             raise ValueError(
                 f"`weights` must be a file that Keras wrote ({error}). Received: weights={weights!r}"
             ) from error
-    images = is_of_images(checkpoint)
+    images = checkpoint.images
     if images:  # their classes are others
         checkpoint = dataclasses.replace(
             checkpoint, weights={p: a for p, a in checkpoint.weights.items() if not p.startswith("pred/")}
         )
     has_head = any(weight.path.startswith("pred/") for weight in model.weights)
     filling = fill(model, checkpoint)
-    missing = [p for p in filling.not_filled if not p.startswith("nonlocal_") and not (images and p.startswith("pred/"))]
+    missing = [
+        p for p in filling.not_filled if not p.startswith("nonlocal_") and not (images and p.startswith("pred/"))
+    ]
     not_used = [p for p in filling.not_used if has_head or not p.startswith("pred/")]
     if missing or not_used:
         raise ValueError(
@@ -144,17 +147,23 @@ def load(model, weights, checkpoint=None):
     return filling
 
 
-def read(weights):
-    """What the builders' argument `weights` names: `None` for a file of Keras, else a `Checkpoint`."""
+def read(weights, keras_name=None):
+    """What the builders' argument `weights` names: `None` for a file of Keras, else a `Checkpoint`.
+
+    `keras_name`: the network of `keras.applications` that `"imagenet"` stands for, if there is one.
+    """
+    if weights == "imagenet":
+        if keras_name is None:
+            raise ValueError('There are no weights of images for this network. Received: weights="imagenet"')
+        network = getattr(keras.applications, keras_name)(weights="imagenet", include_top=False)
+        arrays = {weight.path: keras.ops.convert_to_numpy(weight) for weight in network.weights}
+        return checkpoints.from_arrays(arrays, "keras_applications")
+    if not isinstance(weights, (str, os.PathLike)):
+        raise ValueError(f'`weights` must be `None`, a path or "imagenet". Received: weights={weights!r}')
     path = os.fspath(weights)
     if not os.path.exists(path):
         raise ValueError(f"The file that `weights` names does not exist. Received: weights={weights!r}")
     return None if path.endswith(KERAS_FILES) else checkpoints.read(path)
-
-
-def is_of_images(checkpoint):
-    """Whether it is of an image network: every kernel has one time step and the format fixes no strides in time."""
-    return checkpoint.images
 
 
 def _some(names, limit=4):

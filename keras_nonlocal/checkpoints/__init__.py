@@ -41,6 +41,7 @@ class Checkpoint:
         settings: Arguments of a builder that the file fixes: `pixels` (`"release"`, `"torch"` or `"caffe"`),
             `stride_in_1x1`, `pool1_padding`, `temporal_strides`, `pool1_temporal_size`, and `non_local_options`,
             arguments of `NonLocal3D`.
+        images: Whether the file is of a network for images: its kernels have no time axis.
     """
 
     format: str
@@ -49,6 +50,7 @@ class Checkpoint:
     ignored: dict
     unknown: dict
     settings: dict
+    images: bool
 
 
 def read(path, format=None):
@@ -129,5 +131,5 @@ def _checkpoint(arrays, format, beside):
         some = ", ".join(map(repr, list(arrays)[:3]))
         known = ", ".join(f"{row.signature!r} ({name})" for name, row in FORMATS.items() if format in (None, name))
         raise ValueError(f"The file must have a tensor {known}; it has {len(arrays)} others, such as {some}.")
-    weights, sources, ignored, unknown, settings = tables.convert(FORMATS[fitting[0]], arrays)
-    return Checkpoint(fitting[0], weights, sources, beside | ignored, unknown, settings)
+    weights, sources, ignored, unknown, settings, images = tables.convert(FORMATS[fitting[0]], arrays)
+    return Checkpoint(fitting[0], weights, sources, beside | ignored, unknown, settings, images)

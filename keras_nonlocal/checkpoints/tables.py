@@ -53,7 +53,7 @@ def plain_name(name):
 
 
 def convert(format, arrays):
-    """`(weights, sources, ignored, unknown, settings)` of the arrays of a file, by the table of a format."""
+    """`(weights, sources, ignored, unknown, settings, images)` of the arrays of a file, by the table of a format."""
     weights, sources, ignored, unknown, rank = {}, {}, {}, {}, None
     for name, array in arrays.items():
         plain = plain_name(name)
@@ -80,7 +80,7 @@ def convert(format, arrays):
         if plain == format.signature:
             rank = array.ndim
     settings = format.finish(weights, sources, rank)
-    return weights, sources, ignored, unknown, settings
+    return weights, sources, ignored, unknown, settings, rank == 4
 
 
 # Layouts. Their errors go on after "The tensor …".
