@@ -17,7 +17,6 @@ from keras_nonlocal.applications import (
     decode_predictions,
     folded,
     inflate_weights,
-    insert_non_local,
     preprocess_input,
     resnet,
 )
@@ -726,181 +725,12 @@ def test_errors_of_inflation():
         inflate_weights(other, video_model)
 
 
-# Insertion
-
-
-def signal_model():
-    inputs = keras.Input((None, 3))
-    x = keras.layers.Conv1D(6, 3, name="first", activation="relu")(inputs)
-    y = keras.layers.Conv1D(6, 3, padding="same", name="second")(x)
-    x = keras.layers.Add(name="sum")([x, y])
-    return keras.Model(inputs, keras.layers.GlobalAveragePooling1D()(x))
-
-
-def volume_model():
-    inputs = keras.Input((4, 6, 6, 2))
-    x = keras.layers.Conv3D(4, 3, padding="same", name="first")(inputs)
-    x = keras.layers.BatchNormalization(name="norm")(x)
-    return keras.Model(inputs, keras.layers.Flatten()(x))
-
-
-def sequential_model():
-    return keras.Sequential(
-        [
-            keras.Input((6, 6, 2)),
-            keras.layers.Conv2D(4, 3, name="first"),
-            keras.layers.Flatten(),
-            keras.layers.Dense(2, name="head"),
-        ],
-        name="mine",
-    )
-
-
-def shared_model():
-    """A layer that is used twice, and two outputs."""
-    shared = keras.layers.Dense(3, name="shared")
-    inputs = [keras.Input((5, 3)), keras.Input((5, 3))]
-    a, b = shared(inputs[0]), shared(inputs[1])
-    a = keras.layers.Conv1D(3, 1, name="first")(a)
-    return keras.Model(inputs, [a, keras.layers.Multiply()([a, b])])
-
-
-INSERTIONS = {
-    "mobilenet": (
-        lambda: keras.applications.MobileNetV2((32, 32, 3), alpha=0.35, weights=None, classes=5),
-        ["block_6_project_BN", "block_9_add"],
-        (32, 32, 3),
-    ),
-    "signal": (signal_model, ["first", "sum"], (9, 3)),
-    "volume": (volume_model, ["norm"], (4, 6, 6, 2)),
-    "sequential": (sequential_model, ["first"], (6, 6, 2)),
-    "shared": (shared_model, ["first"], (5, 3)),
-}
-
-
-@pytest.mark.parametrize("name", INSERTIONS)
-@pytest.mark.filterwarnings("error:The structure of")  # the copy takes what the original took
-def test_insertion(rng, name):
-    make, after, shape = INSERTIONS[name]
-    model = randomise(make())
-    x = rng.normal(size=(2, *shape)).astype("float32")
-    x = [x] * len(model.inputs) if len(model.inputs) > 1 else x
-    expected = [np.asarray(output) for output in keras.tree.flatten(model(x, training=False))]
-    copy = insert_non_local(model, after, pairwise="gaussian")
-    outputs = keras.tree.flatten(copy(x, training=False))
-    for a, b in zip(outputs, expected, strict=True):
-        np.testing.assert_array_equal(a, b)
-    blocks = [layer.name for layer in copy.layers if isinstance(layer, layers._NonLocal)]
-    assert sorted(blocks) == sorted(f"{name}_non_local" for name in after)
-    for layer in blocks:
-        assert copy.get_layer(layer).pairwise == "gaussian"
-        source = copy.get_layer(layer).input._keras_history.operation.name
-        assert f"{source}_non_local" == layer
-    # Independent: training one leaves the other.
-    randomise(copy, seed=1)
-    assert not np.allclose(keras.tree.flatten(copy(x, training=False))[-1], expected[-1])
-    again = keras.tree.flatten(model(x, training=False))
-    for a, b in zip(again, expected, strict=True):
-        np.testing.assert_array_equal(a, b)
-    # The original's names are kept, so its weights can be loaded into the copy by layer.
-    names = {layer.name for layer in copy.layers}
-    inputs = keras.layers.InputLayer  # Keras renames those that nobody named
-    assert {layer.name for layer in model.layers if not isinstance(layer, inputs)} <= names
-
-
-def test_insertion_saves(tmp_path, rng):
-    model = randomise(insert_non_local(signal_model(), ["sum"]))
-    x = rng.normal(size=(2, 9, 3)).astype("float32")
-    model.save(tmp_path / "model.keras")
-    loaded = keras.saving.load_model(tmp_path / "model.keras")
-    np.testing.assert_array_equal(loaded(x), model(x))
-
-
-def test_insertion_after_the_last_layer(rng):
-    inputs = keras.Input((5, 3), name="signal")
-    model = keras.Model(inputs, keras.layers.Conv1D(4, 1, name="last")(inputs))
-    copy = insert_non_local(model, "last")
-    x = rng.normal(size=(2, 5, 3)).astype("float32")
-    np.testing.assert_array_equal(copy(x), model(x))
-    assert [layer.name for layer in copy.layers] == ["signal", "last", "last_non_local"]
-
-
-def test_insertion_of_an_official_block_equals_the_builder(rng):
-    """A C2D without blocks and one inserted is the C2D with one block."""
-    options = {"input_shape": (4, 33, 27, 3), "classes": 5}
-    plain = C2DResNet11(non_local=0, **options)
-    inserted = insert_non_local(plain, "res3_1_out", pool_size=(1, 2, 2), scale="sqrt")
-    built = C2DResNet11(non_local=1, **options)
-    shapes = [weight.shape for weight in built.weights]
-    assert [weight.shape for weight in inserted.weights] == shapes
-    randomise(inserted)
-    built.set_weights(inserted.get_weights())
-    x = rng.normal(size=(2, 4, 33, 27, 3)).astype("float32")
-    assert_close(built(x, training=False), inserted(x, training=False), 1e-6)
-
-
-class Subclassed(keras.Model):
-    def call(self, inputs):
-        return inputs
-
-
-@pytest.mark.parametrize(
-    ("model", "after", "message"),
-    [
-        (
-            signal_model,
-            ["nowhere"],
-            r"`after` must hold .*'nowhere' is none\. Received: after=\['nowhere'\]",
-        ),
-        (
-            volume_model,
-            ["flatten"],
-            r"`after` must name .*\(None, 576\)\. Received: after=\['flatten'\]",
-        ),
-        (Subclassed, ["first"], r"`model` must be a functional Keras model\. Received: model=<"),
-        (
-            keras.Sequential,
-            ["first"],
-            r"`model` must be a functional Keras model\. Received: model=<",
-        ),
-    ],
-)
-def test_errors_of_insertion(model, after, message):
-    keras.utils.clear_session(free_memory=False)
-    with pytest.raises(ValueError, match=message):
-        insert_non_local(model(), after)
-
-
-def test_errors_of_insertion_name_the_layers_options():
-    with pytest.raises(ValueError, match=r"Received: pairwise='euclid'"):
-        insert_non_local(signal_model(), ["sum"], pairwise="euclid")
-    with pytest.raises(ValueError, match=r"`window` must divide"):
-        insert_non_local(volume_model(), ["norm"], window=(3, None, None))
-
-
 @SLOW
 def test_big_network_runs():
     """One published network, forward, on the smallest clip."""
     model = I3DResNet50(input_shape=(2, 32, 32, 3), classes=3, dropout=0.0)
     scores = model(np.zeros((1, 2, 32, 32, 3), "float32"), training=False)
     np.testing.assert_allclose(np.sum(scores), 1.0, rtol=1e-5)
-
-
-def test_insert_after_a_shared_layer_shares_the_block():
-    inputs = [keras.Input((4, 6)), keras.Input((4, 6))]
-    shared = keras.layers.Dense(3, name="shared")
-    model = keras.Model(inputs, keras.layers.Add()([shared(x) for x in inputs]))
-    copy = applications.insert_non_local(model, after="shared")
-    assert [layer.name for layer in copy.layers].count("shared_non_local") == 1
-    x = [np.random.default_rng(i).normal(size=(2, 4, 6)).astype("float32") for i in (0, 1)]
-    np.testing.assert_array_equal(copy(x), model(x))
-
-
-def test_insert_after_an_input_is_refused():
-    inputs = keras.Input((4, 6), name="signal")
-    model = keras.Model(inputs, keras.layers.Dense(3)(inputs))
-    with pytest.raises(ValueError, match=r"'signal' is none. Received: after=\['signal'\]"):
-        applications.insert_non_local(model, after=["signal"])
 
 
 def test_short_clip_in_input_tensor():

@@ -3,32 +3,48 @@
 Shape letters: T, H, W the sizes of a kernel; I input channels, O output channels.
 """
 
+import difflib
+import tempfile
+
 import keras
 import numpy as np
 
 from keras_nonlocal.layers import NonLocal1D, NonLocal2D, NonLocal3D
 
 _BY_RANK = {3: NonLocal1D, 4: NonLocal2D, 5: NonLocal3D}
+# Dtype policies of blocks behind outputs of half precision: their variables stay float32.
+_POLICIES = {"float16": "mixed_float16", "bfloat16": "mixed_bfloat16"}
 
 
 def insert_non_local(model, after, **options):
     """Returns a copy of a functional model with non-local blocks after the named layers.
 
-    The copy has the weights of `model`. As a non-local block starts as the identity, it also has its outputs,
-    until it is trained.
+    The copy has variables of its own, with the values of `model`'s; `model` stays as it is. As a non-local block starts
+    as the identity, the copy also has the outputs of `model`, until it is trained. Layers that are frozen in `model`
+    are frozen in the copy; the blocks train.
+
+    The copy is a plain functional model, not compiled. A subclass, such as a backbone of KerasHub, leaves its
+    attributes behind. What is needed of them must be an output: for a feature pyramid, insert into
+    `keras.Model(backbone.input, backbone.pyramid_outputs)`.
 
     Args:
-        model: Functional (or sequential) Keras model of any rank.
-        after: Names of the layers after which a block shall stand. Their outputs must be `(batch, steps, channels)`,
-            `(batch, height, width, channels)` or `(batch, time, height, width, channels)` (or channels first, with
-            `data_format`).
-        **options: Arguments of `NonLocal1D`, `NonLocal2D` or `NonLocal3D`.
+        model: Functional (or sequential) Keras model of any rank. Its layers must come back from their configuration,
+            as for saving.
+        after: Names of the layers after which a block shall stand, each once. Their outputs must be
+            `(batch, steps, channels)`, `(batch, height, width, channels)` or `(batch, time, height, width, channels)`,
+            or channels first. A layer inside of a model in the model is `"inner_model/layer"`. Operations such as
+            `x + y` have names too; `model.summary()` prints them.
+        **options: Arguments of `NonLocal1D`, `NonLocal2D` or `NonLocal3D`, except `name`. By default, `data_format` is
+            that of the layer, or of all others, and `dtype` keeps the precision of the layer's output.
 
     Returns:
-        A new `keras.Model`. The block after the layer `"conv3"` has the name `"conv3_non_local"`.
+        A new `keras.Model`. The block after the layer `"conv3"` has the name `"conv3_non_local"`. A layer that is
+        called several times shares its block.
 
     Raises:
-        ValueError: if `model` is not functional, has no layer of such a name, or that layer's output is no such map.
+        ValueError: if `model` is not functional or does not come back from its configuration; if it has no layer of
+            such a name, or one whose output is no such map; if a name comes twice, or that of a block is taken; if the
+            model's layers do not agree on a `data_format`.
 
     Reference:
         [Non-local Neural Networks](https://arxiv.org/abs/1711.07971), section 3.3: "we can insert a new non-local
@@ -44,39 +60,178 @@ def insert_non_local(model, after, **options):
     (2, 2)
     """
     after = [after] if isinstance(after, str) else list(after)
-    if isinstance(model, keras.Sequential) and model.built:
-        model = keras.Model(model.inputs[0], model.outputs[0], name=model.name)
-    if not hasattr(model, "operations"):
-        raise ValueError(f"`model` must be a functional Keras model. Received: model={model!r}")
-    names = {layer.name for layer in model.layers if not isinstance(layer, keras.layers.InputLayer)}
-    for name in after:
-        if name not in names:
+    if not _is_functional(model):
+        raise ValueError(
+            f"`model` must be a functional Keras model, or a sequential one that is built. Received: model={model!r}"
+        )
+    if "name" in options:
+        raise ValueError(f"The names of the blocks come from the layers'. Received: name={options['name']!r}")
+    _check_names(model, after)
+    insertion = _Insertion(after, options)
+    new = insertion.copy_model(model)
+    for original, copy in insertion.copied:
+        _copy_state(original, copy)
+    return new
+
+
+class _Insertion:
+    """Copies a model with its inner models, and puts the blocks in."""
+
+    def __init__(self, after, options):
+        self.after = after
+        self.options = options
+        self.copies = {}  # by the original's id, over all inner models: what stands in two places stays one
+        self.copied = []  # pairs whose state is to be copied, once the copies are built
+
+    def copy_model(self, model, prefix=""):
+        model = _graph(model)
+        blocks = {}
+
+        def call(operation, *args, **kwargs):
+            outputs = operation(*args, **kwargs)
+            if prefix + operation.name not in self.after:
+                return outputs
+            if operation.name not in blocks:  # what is called twice shares its block
+                blocks[operation.name] = self.block(model, operation, outputs)
+            return blocks[operation.name](outputs)
+
+        # Keras' own copies of the inputs lose their names, and whether they are optional.
+        inputs = {id(layer.output): layer for layer in model.layers if isinstance(layer, keras.layers.InputLayer)}
+        return keras.models.clone_model(
+            model,
+            input_tensors=keras.tree.map_structure(lambda x: _copy_layer(inputs[id(x)]).output, model.input),
+            clone_function=lambda operation: self.copy_operation(operation, prefix),
+            call_function=call,
+        )
+
+    def copy_operation(self, operation, prefix):
+        if id(operation) not in self.copies:
+            path = f"{prefix}{operation.name}/"
+            plain = _is_functional(operation) and type(operation) in (keras.Sequential, type(_graph(operation)))
+            if plain or any(name.startswith(path) for name in self.after):
+                copy = self.copy_model(operation, path)
+            else:
+                copy = _copy_layer(operation)
+                if isinstance(operation, keras.layers.Layer):  # other operations have no state
+                    self.copied.append((operation, copy))
+            self.copies[id(operation)] = copy
+        return self.copies[id(operation)]
+
+    def block(self, model, operation, outputs):
+        shape = getattr(outputs, "shape", None)
+        if shape is None or len(shape) not in _BY_RANK:
+            shapes = keras.tree.map_structure(lambda x: x.shape, outputs)
             raise ValueError(
-                f"`after` must hold names of layers of the model {model.name!r} that are no inputs; {name!r} is none. "
+                "`after` must name layers whose output is one map of 1 to 3 dimensions of positions and channels; that "
+                f"of {operation.name!r} is {shapes}. Received: after={self.after!r}"
+            )
+        # Another precision than that of the layer's output would become that of what follows.
+        dtype = _POLICIES.get(outputs.dtype, outputs.dtype)
+        options = {"dtype": dtype} | self.options
+        if options.get("data_format") is None:
+            options["data_format"] = _data_format(model, operation)
+        return _BY_RANK[len(shape)](**options, name=_block_name(operation.name))
+
+
+def _is_functional(model):
+    return isinstance(model, keras.Model) and hasattr(model, "inputs")  # a sequential one has them once it is built
+
+
+def _graph(model):
+    """A plain functional model of the same layers.
+
+    A sequential one lists layers: there are no calls to put something behind. And what is compiled, Keras would copy
+    compiled, which fails for losses that are not registered.
+    """
+    if isinstance(model, keras.Sequential):
+        return keras.Model(model.inputs[0], model.outputs[0], name=model.name)
+    return keras.Model(model.input, model.output, name=model.name)
+
+
+def _block_name(name):
+    return f"{name}_non_local"
+
+
+def _paths(model, prefix=""):
+    """All names that `after` can hold, with all names in the same model."""
+    operations = _graph(model).operations
+    names = [x.name for x in operations if not isinstance(x, keras.layers.InputLayer)]
+    paths = {prefix + name: names for name in names}
+    for operation in operations:
+        if _is_functional(operation):
+            paths |= _paths(operation, f"{prefix}{operation.name}/")
+    return paths
+
+
+def _check_names(model, after):
+    paths = _paths(model)
+    for path in after:
+        if path not in paths:
+            inner = [known for known in paths if known.endswith(f"/{path}")]
+            near = inner or difflib.get_close_matches(str(path), paths)
+            raise ValueError(
+                f"`after` must hold names of layers of the model {model.name!r} that are no inputs; {path!r} is none"
+                f"{f' (near: {near})' if near else ''}. Received: after={after!r}"
+            )
+        if after.count(path) > 1:
+            raise ValueError(f"`after` must hold each name once. Received: after={after!r}")
+        block = _block_name(path.rpartition("/")[-1])
+        if block in paths[path]:
+            raise ValueError(
+                f"`after` must hold no name that has its block already; to put one more behind {block!r}, name that. "
                 f"Received: after={after!r}"
             )
 
-    blocks = {}
 
-    def call(layer, *args, **kwargs):
-        outputs = layer(*args, **kwargs)
-        if layer.name not in after:
-            return outputs
-        rank = len(getattr(outputs, "shape", ()))
-        if rank not in _BY_RANK:
-            raise ValueError(
-                "`after` must name layers whose output is one map of 1 to 3 dimensions of positions and channels; that "
-                f"of {layer.name!r} is {getattr(outputs, 'shape', outputs)}. Received: after={after!r}"
-            )
-        if layer.name not in blocks:  # a layer that is called twice shares its block
-            blocks[layer.name] = _BY_RANK[rank](**options, name=layer.name + "_non_local")
-        return blocks[layer.name](outputs)
+def _data_format(model, operation):
+    """The data format of an operation's output."""
+    own = getattr(operation, "data_format", None)
+    formats = {own} if own else {getattr(layer, "data_format", None) for layer in model.layers} - {None}
+    if len(formats) > 1:
+        raise ValueError(
+            f"`data_format` must be given, as the layers of {model.name!r} have different ones and {operation.name!r} "
+            "has none. Received: data_format=None"
+        )
+    return formats.pop() if formats else None
 
-    copy = keras.models.clone_model(model, call_function=call)
-    for layer in model.layers:
-        if layer.weights:
-            copy.get_layer(layer.name).set_weights(layer.get_weights())
-    return copy
+
+def _copy_layer(layer):
+    """A layer or operation as it was before it was called for the first time."""
+    if type(layer) is keras.layers.Lambda:
+        # Its configuration has the function as bytes, which Keras refuses to run: they could be from anywhere.
+        return keras.layers.Lambda(
+            layer.function,
+            output_shape=layer._output_shape,
+            mask=layer.mask,
+            arguments=layer.arguments,
+            name=layer.name,
+            trainable=layer.trainable,
+            dtype=layer.dtype_policy,
+        )
+    return type(layer).from_config(layer.get_config())
+
+
+def _copy_state(original, copy):
+    """Copies the variables, seeds included, what trains, and what layers for preprocessing have learned."""
+    variables, copies = original.variables, copy.variables
+    if [variable.shape for variable in variables] != [variable.shape for variable in copies]:
+        raise ValueError(
+            f"The layers of `model` must come back from their configuration, `get_config()`; {original.name!r} has the "
+            f"variables {[(variable.path, tuple(variable.shape)) for variable in variables]}. Received: "
+            f"{[(variable.path, tuple(variable.shape)) for variable in copies]}"
+        )
+    for part, part_copy in zip(original._flatten_layers(), copy._flatten_layers(), strict=True):
+        part_copy.trainable = part.trainable  # of outer layers first: it passes to the inner ones
+    for variable, variable_copy in zip(variables, copies, strict=True):
+        variable_copy.assign(variable)
+        variable_copy.trainable = variable.trainable
+    for part, part_copy in zip(original._flatten_layers(), copy._flatten_layers(), strict=True):
+        if hasattr(part, "save_assets"):  # vocabularies
+            with tempfile.TemporaryDirectory() as folder:
+                part.save_assets(folder)
+                part_copy.load_assets(folder)
+        elif hasattr(part, "finalize_state"):  # `Normalization` computes with what it derives from its variables
+            part_copy.finalize_state()
 
 
 def inflate_weights(image_model, video_model, method="average"):
