@@ -19,16 +19,23 @@ import pytest  # noqa: E402
 # Not collected rather than skipped: a test that appears has run.
 PORTABLE = {
     "jax": ("ops", "fast_forms", "layers", "conformance", "compiled", "ops_jax"),
-    "torch": ("ops", "fast_forms", "layers", "conformance", "checkpoints_torch"),
+    "torch": ("ops", "fast_forms", "layers", "conformance"),
 }
 BACKEND = os.environ["KERAS_BACKEND"]
 if BACKEND == "tensorflow":
-    collect_ignore = ["test_ops_jax.py", "test_checkpoints_torch.py"]
+    collect_ignore = ["test_ops_jax.py"]
 else:
     portable = {f"test_{name}.py" for name in PORTABLE[BACKEND]}
     collect_ignore = [path.name for path in Path(__file__).parent.glob("test_*.py") if path.name not in portable]
-if importlib.util.find_spec("keras_hub") is None:
-    collect_ignore.append("test_insert_keras_hub.py")
+# What needs an extra that the plain tests do without: package → files.
+EXTRAS = {
+    "keras_hub": ("test_insert_keras_hub.py",),
+    "mmaction": ("test_parity_mmaction2.py",),
+    "torch": ("test_checkpoints_torch.py", "test_parity.py"),
+}
+for package, files in EXTRAS.items():
+    if importlib.util.find_spec(package) is None:
+        collect_ignore += files
 
 
 def pytest_configure(config):

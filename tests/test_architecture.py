@@ -235,5 +235,5 @@ def test_importing_the_package_is_light():
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True)
     modules = set(result.stdout.split())
     rooms = {room_of(name) for name in modules if name.startswith(PACKAGE)}
-    assert rooms == {"", "_version", "ops", "layers", "applications"}
+    assert rooms == {"", "_version", "ops", "layers", "checkpoints", "applications"}
     assert not {name.split(".")[0] for name in modules} & (OPTIONAL | {"tensorflow"})
