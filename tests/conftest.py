@@ -31,6 +31,7 @@ else:
 EXTRAS = {
     "keras_hub": ("test_insert_keras_hub.py",),
     "mmaction": ("test_parity_mmaction2.py",),
+    "slowfast": ("test_parity_slowfast.py",),
     "torch": ("test_checkpoints_torch.py", "test_parity.py"),
 }
 for package, files in EXTRAS.items():
