@@ -1,5 +1,6 @@
 """Settings of all tests: importable root, quiet TensorFlow, the same random numbers every time."""
 
+import importlib.util
 import os
 import sys
 from pathlib import Path
@@ -26,6 +27,13 @@ if BACKEND == "tensorflow":
 else:
     portable = {f"test_{name}.py" for name in PORTABLE[BACKEND]}
     collect_ignore = [path.name for path in Path(__file__).parent.glob("test_*.py") if path.name not in portable]
+# The other implementations: PyTorch is in the extra "backends", the files themselves say how to get the others.
+PEERS = {
+    "test_parity.py": ("torch",),
+    "test_parity_mmaction2.py": ("torch", "mmaction", "mmcv"),
+    "test_parity_slowfast.py": ("torch", "slowfast", "fvcore"),
+}
+collect_ignore += [name for name, needs in PEERS.items() if not all(map(importlib.util.find_spec, needs))]
 
 
 def pytest_configure(config):
