@@ -27,16 +27,15 @@ if BACKEND == "tensorflow":
 else:
     portable = {f"test_{name}.py" for name in PORTABLE[BACKEND]}
     collect_ignore = [path.name for path in Path(__file__).parent.glob("test_*.py") if path.name not in portable]
-# What needs an extra that the plain tests do without: package → files.
-EXTRAS = {
-    "keras_hub": ("test_insert_keras_hub.py",),
-    "mmaction": ("test_parity_mmaction2.py",),
-    "slowfast": ("test_parity_slowfast.py",),
-    "torch": ("test_checkpoints_torch.py", "test_parity.py"),
+# What needs a package that the plain tests do without; CONTRIBUTING.md says how to get it.
+PEERS = {
+    "test_checkpoints_torch.py": ("torch",),
+    "test_insert_keras_hub.py": ("keras_hub",),
+    "test_parity.py": ("torch",),
+    "test_parity_mmaction2.py": ("torch", "mmaction", "mmcv"),
+    "test_parity_slowfast.py": ("torch", "slowfast"),
 }
-for package, files in EXTRAS.items():
-    if importlib.util.find_spec(package) is None:
-        collect_ignore += files
+collect_ignore += [file for file, needed in PEERS.items() if not all(map(importlib.util.find_spec, needed))]
 
 
 def pytest_configure(config):

@@ -87,7 +87,8 @@ def random_blobs(depth, inflated, non_local, affine=False, classes=400, image=Fa
         variance = variance * np.exp(0.2 * normal(channels))
         gamma = np.float32(rng.uniform(low, high, channels)) * rng.choice(np.float32([1, 1, 1, -1]), channels)
         beta = 0.2 * normal(channels)
-        blobs.update({f"{name}_{part}": v for part, v in zip(("s", "b", "rm", "riv"), (gamma, beta, mean, variance))})
+        parts = {"s": gamma, "b": beta, "rm": mean, "riv": variance}
+        blobs.update({f"{name}_{part}": value for part, value in parts.items()})
         return (y - mean) * (gamma / np.sqrt(variance + np.float32(EPSILON))) + beta
 
     def convolution(name, norm_name, x, channels, kernel, stride=1, gamma=(0.5, 1.5)):
@@ -155,9 +156,8 @@ def random_blobs(depth, inflated, non_local, affine=False, classes=400, image=Fa
     if affine:
         blobs = _affine(blobs)
     if momentum:
-        blobs.update(
-            {f"{name}_momentum": 1e-3 * blob for name, blob in blobs.items() if not name.endswith(("rm", "riv"))}
-        )
+        trained = [name for name in blobs if not name.endswith(("_rm", "_riv"))]
+        blobs.update({f"{name}_momentum": 1e-3 * blobs[name] for name in trained})
         blobs["lr"], blobs["model_iter"] = np.float32([1e-4]), np.int64([400_000])
     return {name: np.asarray(blob, blob.dtype if name == "model_iter" else np.float32) for name, blob in blobs.items()}
 

@@ -28,6 +28,7 @@ for name in ("models", "models.backbones", "models.heads"):
     package.__path__ = [str(pathlib.Path(mmaction.__file__).parent.joinpath(*name.split(".")))]
     sys.modules.setdefault(package.__name__, package)
 
+import mmaction.models.losses  # noqa: E402, F401  (the head looks its loss up)
 from mmaction.models.backbones.resnet3d import ResNet3d  # noqa: E402
 from mmaction.models.heads.i3d_head import I3DHead  # noqa: E402
 
