@@ -615,7 +615,7 @@ def test_errors_of_decode_predictions(shape, options, message):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"weights": "imagenet.ckpt"}, r"`weights` must be .*Received: weights='imagenet.ckpt'"),
+        ({"weights": "imagenet.ckpt"}, r"does not exist\. Received: weights='imagenet.ckpt'"),
         ({"weights": "no.weights.h5"}, r"does not exist\. Received: weights='no.weights.h5'"),
         ({"non_local": 3}, r"`non_local` must be one of 0, 1, 2, or .*Received: non_local=3"),
         (

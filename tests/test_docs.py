@@ -14,7 +14,10 @@ import pytest
 
 import keras_nonlocal
 from keras_nonlocal import cli
+from keras_nonlocal.applications import I3DResNet11
 from keras_nonlocal.data import write_video
+from tests.test_conversion import values_of, write_release
+from tests.test_summary import TABLE
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 MODULES = sorted(
@@ -123,7 +126,7 @@ def test_readme_is_finished_and_its_links_lead_somewhere():
 def test_readme_code_runs(tmp_path, monkeypatch):
     """As printed, but for the size of the network and the number of views."""
     blocks = readme_blocks("python")
-    assert len(blocks) == 2
+    assert len(blocks) == 3
     exec(blocks[0], {})
     for split in ("train", "test"):
         for level, name in enumerate(("dark", "light")):
@@ -141,6 +144,32 @@ def test_readme_code_runs(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     exec(smaller, {})
     assert (tmp_path / "served" / "1" / "saved_model.pb").exists()
+
+
+def test_readme_takes_the_weights_of_others(tmp_path, monkeypatch):
+    """As printed, but for the size of the network."""
+    model = I3DResNet11()
+    printed = readme_blocks("python")[2]
+    path = re.search(r'weights="(.*?)"', printed).group(1)
+    write_release(tmp_path / path, values_of(model))
+    assert printed.count("I3DResNet50(") == 2
+    monkeypatch.chdir(tmp_path)
+    names = {}
+    exec(printed.replace("I3DResNet50(", "I3DResNet11(non_local=2, "), names)
+    assert names["long_clips"].get_layer("nonlocal_conv3_0").window == (4, None, None)
+    for name in ("model", "long_clips"):
+        for path, value in values_of(names[name]).items():
+            np.testing.assert_array_equal(value, values_of(model)[path])
+
+
+def test_readme_table_of_networks():
+    """The figures that tests/test_summary.py holds the networks to; the others are of the same run."""
+    rows = re.findall(r"\| `(\w+)\(non_local=(\d+).*?\| (\S+) M \| (\S+) \| (\S+) \|", (ROOT / "README.md").read_text())
+    assert len(rows) == len(TABLE)
+    for name, non_local, _, *figures in TABLE:
+        matching = [row for row in rows if row[:2] == (name, str(non_local)) and row[2] == figures[0]]
+        assert [f for row in matching for f, g in zip(row[2:], figures, strict=True) if g not in (None, f)] == []
+        assert len(matching) == 1
 
 
 def test_readme_commands_parse():
