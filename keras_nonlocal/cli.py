@@ -1,4 +1,4 @@
-"""`keras-nonlocal …`: trains, evaluates, predicts and exports from the command line.
+"""`keras-nonlocal …`: trains, evaluates, predicts, exports and converts from the command line.
 
 Every command parses, calls the package and prints. Bad input is one line on stderr and exit code 2.
 """
@@ -83,6 +83,7 @@ def _train(args):
             input_shape=(args.num_frames, None, None, 3),  # other sizes may be tested than trained on
             classes=len(class_names),
             weights=args.weights,
+            new_head=True,  # whatever it was trained on, these are other classes
             **options,
         )
         # Symbolically, before any video is read: a crop may be too small for the network.
@@ -477,7 +478,7 @@ def _parser():
 
     convert = _command(commands, "convert", _convert, "makes a weight file of another project one of Keras")
     convert.add_argument(
-        "checkpoint", metavar="CHECKPOINT", help="a file of the authors' release, PySlowFast, MMAction2 or torchvision"
+        "checkpoint", metavar="CHECKPOINT", help="a file of the authors' release, PySlowFast, MMAction2, torchvision …"
     )
     convert.add_argument("out", metavar="OUT", help="file to write, .weights.h5 or .keras")
     convert.add_argument("--model", choices=NETWORKS, help="network to fill (default: the one that the file is of)")

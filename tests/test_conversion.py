@@ -85,7 +85,7 @@ def test_every_weight_arrives(tmp_path, source, format):
     else:
         key = {"pyslowfast": "model_state", "mmaction2": "state_dict"}[format]
         write.write_torch(tmp_path / "file", {key: write.ordered(arrays)})
-    model = I3DResNet11(weights=tmp_path / "file", **OPTIONS)
+    model = I3DResNet11(weights=tmp_path / "file", **OPTIONS | {"input_shape": (8, 33, 27, 3)})
     for weight in model.weights:
         np.testing.assert_array_equal(weight, values[weight.path], err_msg=weight.path)
     stem = {layer.name for layer in model.layers if layer.name in ("pixels", "pool1_pad")}
@@ -136,20 +136,64 @@ def test_normalization_of_blocks_is_taken_into_them(tmp_path, source, clip):
 
 
 def test_any_length(tmp_path, rng, source):
-    """The same file at 8 and at 32 frames, there in groups of 4."""
+    """The file of 4 frames at 32, there in groups; in groups of all frames, the windows change nothing."""
     path = write_release(tmp_path / "file.pkl", values_of(source))
     options = OPTIONS | {"weights": path, "input_shape": (32, 33, 27, 3), "temporal_strides": (2, 2, 2)}
     groups = I3DResNet11(**options, non_local_options={3: {"window": (2, None, None)}})
     assert values_of(groups).keys() == values_of(source).keys()
     for path, value in values_of(groups).items():
         np.testing.assert_array_equal(value, values_of(source)[path], err_msg=path)
-    assert predict(groups, rng.normal(size=(1, 32, 33, 27, 3)).astype("float32")).shape == (1, 5)
+    clip = rng.normal(size=(1, 32, 33, 27, 3)).astype("float32")
+    whole, one_group = (
+        I3DResNet11(**options, non_local_options={3: {"window": window}}) for window in (None, (4, None, None))
+    )
+    np.testing.assert_allclose(predict(one_group, clip), predict(whole, clip), rtol=1e-5)
+    assert np.abs(predict(groups, clip) - predict(whole, clip)).max() > 1e-4
 
 
 def test_blocks_that_the_file_lacks_start_as_the_identity(tmp_path, clip):
     baseline = randomise(I3DResNet11(**OPTIONS | {"non_local": 0}))
     path = write_release(tmp_path / "baseline.pkl", values_of(baseline))
     np.testing.assert_array_equal(predict(I3DResNet11(weights=path, **OPTIONS), clip), predict(baseline, clip))
+
+
+def test_a_c2d_file_is_no_i3d(tmp_path):
+    """Only weights of images are repeated along time: a video network's file is of that network."""
+    path = write_release(tmp_path / "file.pkl", values_of(C2DResNet11(classes=5)))
+    with pytest.raises(ValueError, match=r"conv1/kernel \(5, 7, 7, 3, 16\) of the model, 'conv1_w' \(16, 3, 1, 7, 7\)"):
+        I3DResNet11(weights=path, **OPTIONS)
+
+
+def test_new_head(tmp_path, source):
+    path = write_release(tmp_path / "file.pkl", values_of(source))
+    model = I3DResNet11(weights=path, **OPTIONS | {"classes": 9}, new_head=True)
+    for name, value in values_of(model).items():
+        if not name.startswith("pred/"):
+            np.testing.assert_array_equal(value, values_of(source)[name])
+    assert model.output_shape == (None, 9)
+    assert not np.any(model.get_layer("pred").bias)
+
+
+def test_tensors_of_another_network_are_named(tmp_path, source):
+    arrays = as_file(values_of(source), "release") | {"res2_0_se_w": np.zeros((2, 2), "f4")}
+    write.write_caffe2(tmp_path / "file.pkl", arrays)
+    with pytest.warns(UserWarning, match=r"file\.pkl' has tensors that are not used: 'res2_0_se_w'\."):
+        I3DResNet11(weights=tmp_path / "file.pkl", **OPTIONS)
+
+
+@pytest.mark.parametrize("name", ["a.weights.h5", "a.keras"])
+def test_files_of_keras_by_the_names_of_layers(tmp_path, name, clip):
+    """Keras itself goes by order, and would put the first block's weights into whichever comes first."""
+    source = randomise(I3DResNet11(**OPTIONS, non_local_options={"pairwise": "concatenation"}))
+    path = tmp_path / name
+    source.save(path) if name.endswith(".keras") else source.save_weights(path)
+    options = OPTIONS | {"non_local_options": {"pairwise": "concatenation"}}
+    model = I3DResNet11(weights=path, **options)
+    assert values_of(model).keys() == values_of(source).keys()
+    np.testing.assert_array_equal(predict(model, clip), predict(source, clip))
+    for placement in (0, 1, {2: [0], 3: [0]}):
+        with pytest.raises(ValueError, match=r"which lacks nonlocal_conv3_\d/.* and \d+ more$"):
+            I3DResNet11(weights=path, **options | {"non_local": placement})
 
 
 @pytest.mark.parametrize("format", ["release", "torchvision"])
@@ -169,7 +213,7 @@ def test_weights_of_images_are_repeated_along_time(tmp_path, format):
         frames = value.shape[0] if value.ndim == 5 else 1
         inflated += frames > 1
         np.testing.assert_array_equal(value, np.broadcast_to(expected[path] / np.float32(frames), value.shape))
-    assert inflated == 4  # conv1, res2_0, res3_0's branch2a: one each; conv1 has 5
+    assert inflated == 3  # conv1, and branch2a of res2_0 and res3_0
     assert not np.any(model.get_layer("nonlocal_conv3_0").norm.gamma)
 
 
@@ -197,6 +241,23 @@ def test_imagenet(monkeypatch, rng):
     result = predict(model, preprocess_input(image)[:, None])[:, 0]
     assert expected.std() > 1e-3
     np.testing.assert_allclose(result, expected, atol=1e-4 * np.abs(expected).max())
+
+
+def test_a_checkpoint_in_memory(source, clip):
+    checkpoint = checkpoints.from_arrays(as_file(values_of(source), "pyslowfast"))
+    model = I3DResNet11(weights=checkpoint, **OPTIONS, pool1_padding="valid")
+    np.testing.assert_array_equal(predict(model, clip), predict(source, clip))
+
+
+def test_imagenet_offline(monkeypatch):
+    def no_network(**options):
+        raise Exception("URL fetch failure")
+
+    monkeypatch.setattr(keras.applications, "ResNet50", no_network)
+    with pytest.raises(
+        ValueError, match=r"does not get its weights \(URL fetch failure\)\. Received: weights=\"imagenet\""
+    ):
+        C2DResNet50(weights="imagenet")
 
 
 # Which network
@@ -244,9 +305,38 @@ def test_convert(tmp_path, source, clip, name):
     report = str(conversion)
     assert f"release file, {len(values)} arrays\n" in report
     assert f"i3d_resnet11: {len(values)} weights filled, 0 of them inflated in time" in report
-    assert "ignored, momentum of the optimizer (1):\n    conv1_w_momentum" in report
-    assert "not used, as the format has no such name (1):\n    odd (2, 3)" in report
+    assert "ignored, momentum of the optimizer (1):\n    'conv1_w_momentum'" in report
+    assert "not used, as the format has no such name (1):\n    'odd' (2, 3)" in report
     assert "not filled" not in report
+
+
+def test_converted_weights_remember_what_they_need(tmp_path, rng, source):
+    """Padding, pixels and where blocks pool are not in weights: the file says them to the builder."""
+    arrays = as_file(values_of(source), "mmaction2")
+    write.write_torch(tmp_path / "file.pth", {"state_dict": write.ordered(arrays)})
+    out = tmp_path / "out.weights.h5"
+    conversion = convert_checkpoint(tmp_path / "file.pth", out)
+    clip = rng.normal(size=(1, 8, 33, 27, 3)).astype("float32")
+    options = OPTIONS | {"input_shape": clip.shape[1:]}
+    expected = predict(I3DResNet11(weights=tmp_path / "file.pth", **options), clip)
+    np.testing.assert_array_equal(predict(I3DResNet11(weights=out, **options), clip), expected)
+    np.testing.assert_array_equal(predict(eval(conversion.code, vars(applications)), clip), expected)
+
+
+def test_convert_does_not_replace_what_came_meanwhile(tmp_path, source, monkeypatch):
+    path = write_release(tmp_path / "file.pkl", values_of(source))
+    out = tmp_path / "out.weights.h5"
+    save = keras.Model.save_weights
+
+    def slowly(model, written):
+        save(model, written)
+        out.write_text("another's")
+
+    monkeypatch.setattr(keras.Model, "save_weights", slowly)
+    with pytest.raises(ValueError, match=r"`out` must not exist yet"):
+        convert_checkpoint(path, out)
+    assert out.read_text() == "another's"
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["file.pkl", "out.weights.h5"]
 
 
 def test_convert_into_another_network(tmp_path, clip):
@@ -254,9 +344,8 @@ def test_convert_into_another_network(tmp_path, clip):
     write_release(tmp_path / "file.pkl", values_of(images), images=True)
     conversion = convert_checkpoint(tmp_path / "file.pkl", tmp_path / "out.weights.h5", model="i3d_resnet11")
     report = str(conversion)
-    assert " of an image network" in report and "4 of them inflated in time" in report
-    head = [line.strip() for line in report.split("not used, as the network has no such weights (2):\n")[1].split("\n")]
-    assert head[:2] == ["pred/kernel", "pred/bias"]
+    assert " of an image network" in report and "3 of them inflated in time" in report
+    assert "not used, as the network has no such weights (2):\n    pred/kernel\n    pred/bias" in report
     assert conversion.options["include_top"] is False
 
 
@@ -271,13 +360,25 @@ def damaged(values, **changes):
     [
         (
             {"res3_0_branch2b/kernel": None},
-            r"file lacks res3_0_branch2b/kernel; the network lacks nothing\. Received: ",
+            r"release file that lacks res3_0_branch2b/kernel, for 'i3d_resnet11', which lacks nothing$",
         ),
-        ({"res_conv1_bn/beta": np.zeros(9, "f4")}, r"res_conv1_bn/beta \(16,\) of the model, res_conv1_bn_b \(9,\) of"),
-        ({"nonlocal_conv3_1/g/bias": np.zeros(3, "f4")}, r"g/bias \(64,\) of the model, nonlocal_conv3_1_g_b \(3,\)"),
-        ({"res3_0_branch2a/kernel": np.zeros((3, 1, 1, 9, 32), "f4")}, r"\(32, 9, 3, 1, 1\)|\(3, 1, 1, 9, 32\) of the"),
+        (
+            {"res_conv1_bn/beta": np.zeros(9, "f4")},
+            r"res_conv1_bn/beta \(16,\) of the model, 'res_conv1_bn_b' \(9,\) of",
+        ),
+        ({"nonlocal_conv3_1/g/bias": np.zeros(3, "f4")}, r"g/bias \(64,\) of the model, 'nonlocal_conv3_1_g_b' \(3,\)"),
+        ({"nonlocal_conv3_1/theta/kernel": None}, r"file that lacks nonlocal_conv3_1/theta/kernel, for 'i3d_resnet11'"),
+        ({"nonlocal_conv3_1/out/bias": None}, r"file that lacks nonlocal_conv3_1/out/bias, for "),
+        ({"nonlocal_conv3_1/norm/moving_mean": None}, r"file that lacks nonlocal_conv3_1/norm/moving_mean, for "),
+        (
+            {"res3_0_branch2a/kernel": np.zeros((3, 1, 1, 9, 32), "f4")},
+            r"'res3_0_branch2a_w' \(32, 9, 3, 1, 1\) of the",
+        ),
         ({"conv1/kernel": None}, r"Received: \(1, 2\) blocks, width None"),
-        ({"res4_0_branch2c/kernel": np.zeros((1, 1, 1, 2, 2), "f4")}, r"network lacks res4_0_branch2c/kernel\."),
+        (
+            {"res4_0_branch2c/kernel": np.zeros((1, 1, 1, 2, 2), "f4")},
+            r"lacks nothing, for 'i3d_resnet11', which lacks res4_0_branch2c/kernel$",
+        ),
     ],
 )
 def test_a_mismatch_writes_nothing(tmp_path, source, changes, message):
@@ -306,9 +407,9 @@ def test_a_mismatch_leaves_the_model_as_it_was(source):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"classes": 6}, r"pred/kernel \(128, 6\) of the model, pred_w \(128, 5\) of the file"),
-        ({"non_local": 1}, r"lacks nonlocal_conv3_0/.* and \d+ more\. Received: weights="),
-        ({"inflation": "3x3x3"}, r"res2_0_branch2a/kernel \(1, 1, 1, 16, 16\) of the model, .* \(3, 1, 1, 16, 16\)"),
+        ({"classes": 6}, r"pred/kernel \(128, 6\) of the model, 'pred_w' \(5, 128\) of the file"),
+        ({"non_local": 1}, r"which lacks nonlocal_conv3_0/.* and \d+ more$"),
+        ({"inflation": "3x3x3"}, r"res2_0_branch2a/kernel \(1, 1, 1, 16, 16\) of the model, .* \(16, 16, 3, 1, 1\)"),
     ],
 )
 def test_options_that_do_not_fit_the_file(tmp_path, source, options, message):
@@ -327,7 +428,7 @@ def test_a_head_is_not_missed_where_there_is_none(tmp_path, source, clip):
 @pytest.mark.parametrize(
     ("weights", "message"),
     [
-        (3, r"`weights` must be `None`, a path or \"imagenet\"\. Received: weights=3"),
+        (3, r"`weights` must be `None`, a path, \"imagenet\" or a `Checkpoint`\. Received: weights=3"),
         ("imagenet", r"no weights of images for this network\. Received: weights=\"imagenet\""),
         ("no.pkl", r"does not exist\. Received: weights='no\.pkl'"),
     ],
@@ -348,8 +449,11 @@ def test_errors_of_convert(tmp_path, source):
         ((path, there), r"`out` must not exist yet\. Received: out='.*there\.keras'"),
         ((path, tmp_path / "no" / "out.keras"), r"in a folder that exists\. Received: out="),
         ((tmp_path / "no.pkl", out), r"The checkpoint must be a file\. Received: '.*no\.pkl'"),
-        ((path, out, "i3d"), r"`model` must be one of c2d_resnet11, .*Received: model='i3d'"),
-        ((path, out, "i3d_resnet50"), r"must have the shapes|file lacks|network lacks"),
+        (
+            (path, out, "i3d_resnet50"),
+            r"c2d_resnet11 or i3d_resnet11, .* of a resnet11\. Received: model='i3d_resnet50'",
+        ),
+        ((path, out, "c2d_resnet11"), r"conv1/kernel \(1, 7, 7, 3, 16\) of the model, 'conv1_w' \(16, 3, 5, 7, 7\)"),
         ((wrong, out), r"Received: path='.*wrong\.pkl'"),
     ]:
         with pytest.raises(ValueError, match=message):

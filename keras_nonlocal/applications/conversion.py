@@ -57,8 +57,8 @@ class Conversion:
         for name, reason in checkpoint.ignored.items():
             reasons.setdefault(reason, []).append(name)
         for reason, names in reasons.items():
-            lines += _listing(f"ignored, {reason}", names)
-        unknown = [f"{name} {shape}" for name, shape in checkpoint.unknown.items()]
+            lines += _listing(f"ignored, {reason}", map(repr, names))
+        unknown = [f"{name!r} {shape}" for name, shape in checkpoint.unknown.items()]
         lines += _listing("not used, as the format has no such name", unknown)
         lines += [f"Wrote {self.out}: {self.code}"]
         return "\n".join(lines)
@@ -142,8 +142,8 @@ def convert_checkpoint(source, out, model=None):
     >>> conversion = convert_checkpoint("i3d_nonlocal_8x8_IN_pretrain_400k.pkl", "i3d.weights.h5")  # doctest: +SKIP
     """
     source, out = os.fspath(source), pathlib.Path(out)
-    if not out.name.endswith(network_weights.KERAS_FILES):
-        raise ValueError(f"`out` must end with {' or '.join(network_weights.KERAS_FILES)}. Received: out={str(out)!r}")
+    if not out.name.endswith((".weights.h5", ".keras")):
+        raise ValueError(f"`out` must end with .weights.h5 or .keras. Received: out={str(out)!r}")
     if out.exists():
         raise ValueError(f"`out` must not exist yet. Received: out={str(out)!r}")
     if not out.parent.is_dir():
@@ -153,21 +153,40 @@ def convert_checkpoint(source, out, model=None):
     checkpoint = checkpoints.read(source)
     name, options = identify(checkpoint)
     if model is not None:
-        if model not in NETWORKS:
-            raise ValueError(f"`model` must be one of {', '.join(NETWORKS)}. Received: model={model!r}")
+        depth = name.split("_")[1]
+        fitting = [network for network in NETWORKS if network.endswith("_" + depth)]
+        if model not in fitting:
+            raise ValueError(
+                f"`model` must be {' or '.join(fitting)}, as the file is of a {depth}. Received: model={model!r}"
+            )
         name = model
     if checkpoint.images:  # of which a video network takes the backbone
         options.pop("classes", None)
         options["include_top"] = False
     options = options | checkpoint.settings
     network = NETWORKS[name](**options)
-    filling = network_weights.load(network, source, checkpoint)
+    filling = network_weights.load(network, checkpoint)
     with tempfile.TemporaryDirectory(prefix=f".{out.name}-", dir=out.parent) as scratch:
         written = pathlib.Path(scratch) / out.name
-        network.save(written) if out.suffix == ".keras" else network.save_weights(written)
-        os.replace(written, out)
+        if out.suffix == ".keras":
+            network.save(written)
+        else:
+            network.save_weights(written)
+            checkpoints.keras3.write_settings(written, checkpoint.settings)
+        _publish(written, out)
     return Conversion(source, str(out), checkpoint, name, options, filling)
 
 
+def _publish(written, out):
+    """Gives a file that is whole its name, which nobody may have taken meanwhile."""
+    try:
+        os.link(written, out)
+    except FileExistsError as error:
+        raise ValueError(f"`out` must not exist yet. Received: out={str(out)!r}") from error
+    except OSError:  # a file system without links
+        os.replace(written, out)
+
+
 def _listing(title, names):
+    names = list(names)
     return [f"  {title} ({len(names)}):", *(f"    {name}" for name in names)] if names else []

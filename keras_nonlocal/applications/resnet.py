@@ -190,6 +190,7 @@ def build_resnet(
     stride_in_1x1=None,
     pixels=None,
     dropout=0.5,
+    new_head=False,
 ):
     """Builds any network of the family; the public functions are its rows with names.
 
@@ -254,26 +255,8 @@ def build_resnet(
     conv1 = (5 if inflated else 1, 7, 7), (conv1_stride, 2, 2)
     pool1 = (pool1_temporal_size or pool1_stride, 3, 3), (pool1_stride, 2, 2)
     pool2 = (pool2_stride, 1, 1), (pool2_stride, 1, 1)
-    blocks = []
-    for stage, num_blocks in enumerate(arrangement.blocks, start=2):
-        for block in range(num_blocks):
-            offset, step = INFLATED[stage]
-            temporal = 3 if inflated and block >= offset and (block - offset) % step == 0 else 1
-            kernels = ((temporal, 1, 1), (1, 3, 3)) if inflation == "3x1x1" else ((1, 1, 1), (temporal, 3, 3))
-            stride = (1, 2, 2) if stage > 2 and block == 0 else (1, 1, 1)
-            layer = None
-            if block in placement.get(stage, ()):
-                layer = NonLocal3D(**arguments[stage], name=f"nonlocal_conv{stage}_{block}")
-            ends_res2 = stage == 2 and block == num_blocks - 1
-            blocks.append((stage, block, kernels, stride, layer, ends_res2))
-
-    least = [1, 1, 1]  # entries of a map that what follows needs, per axis, from the last layer to the first
-    for _, _, _, stride, layer, ends_res2 in reversed(blocks):
-        if ends_res2:
-            least = _least_inputs(least, *pool2)
-        if layer is not None:
-            least = _least_of_non_local(least, layer)
-        least = _least_inputs(least, (1, 1, 1), stride)
+    blocks = list(_residual_blocks(arrangement, inflated and inflation, arguments, placement))
+    least = _least_of_blocks(blocks, pool2)
     padding = (0, 1, 1) if pool1_padding == "same" else (0, 0, 0)
     least = _least_inputs(_least_inputs(least, *pool1, padding), (1, 1, 1), conv1[1])
     sizes, channels = (input_shape[1:], input_shape[0]) if channels_first else (input_shape[:3], input_shape[3])
@@ -323,8 +306,34 @@ def build_resnet(
         inputs = inputs[0] if len(inputs) == 1 else inputs
     model = keras.Model(inputs, x, name=name)
     if weights is not None:
-        network_weights.load(model, weights, checkpoint)
+        network_weights.load(model, checkpoint, new_head)
     return model
+
+
+def _residual_blocks(arrangement, inflation, arguments, placement):
+    """`(stage, block, kernel sizes, stride, non-local block behind it or None, whether res2 ends)` of each."""
+    for stage, num_blocks in enumerate(arrangement.blocks, start=2):
+        for block in range(num_blocks):
+            offset, step = INFLATED[stage]
+            temporal = 3 if inflation and block >= offset and (block - offset) % step == 0 else 1
+            kernels = ((1, 1, 1), (temporal, 3, 3)) if inflation == "3x3x3" else ((temporal, 1, 1), (1, 3, 3))
+            stride = (1, 2, 2) if stage > 2 and block == 0 else (1, 1, 1)
+            layer = None
+            if block in placement.get(stage, ()):
+                layer = NonLocal3D(**arguments[stage], name=f"nonlocal_conv{stage}_{block}")
+            yield stage, block, kernels, stride, layer, stage == 2 and block == num_blocks - 1
+
+
+def _least_of_blocks(blocks, pool2):
+    """Least sizes of pool1's output, from the last block to the first."""
+    least = [1, 1, 1]
+    for _, _, _, stride, layer, ends_res2 in reversed(blocks):
+        if ends_res2:
+            least = _least_inputs(least, *pool2)
+        if layer is not None:
+            least = _least_of_non_local(least, layer)
+        least = _least_inputs(least, (1, 1, 1), stride)
+    return least
 
 
 def _least_inputs(outputs, kernel_size, strides, padding=(0, 0, 0)):
@@ -404,10 +413,10 @@ _DOCUMENTATION = """{title}
 
     Args:
         include_top: Whether to have the head: global average pooling, dropout, dense layer.
-        weights: `None` (random); the path of a `.weights.h5` or `.keras` file; the path of a file of the authors'
-            release, PySlowFast, MMAction2 or torchvision (see `keras_nonlocal.checkpoints.read`); or `"imagenet"`: the
-            weights of `keras.applications`, repeated along time. Non-local blocks that a file does not have start
-            as the identity; weights of images leave the head random, too.
+        weights: `None` (random); the path of a `.weights.h5` or `.keras` file of such a network, of a file of the
+            authors' release, PySlowFast, MMAction2 or torchvision (see `keras_nonlocal.checkpoints.read`, whose result
+            it also takes); or `"imagenet"`: the weights of `keras.applications`, repeated along time. Non-local blocks
+            that a file does not have start as the identity; weights of images leave the head random, too.
         input_tensor: Optional Keras tensor to use as the input.
         input_shape: Optional shape of a clip, `(frames, height, width, 3)`; any but the channels may be `None`.
             `None`: all of them are.
@@ -435,6 +444,7 @@ _DOCUMENTATION = """{title}
             weights, "pixels", maps them to `"torch"` (ImageNet's mean and standard deviation of each channel) or
             `"caffe"` (less ImageNet's mean). `None`: `"release"`, or what the file says.
         dropout: Rate of the dropout before the dense layer.
+        new_head: Whether to leave the head random, for other classes than those of the file in `weights`.
 
     Returns:
         A functional `keras.Model` from `(batch, frames, height, width, 3)` to `(batch, classes)`.
@@ -490,6 +500,10 @@ def _network(depth, inflated):
             **options,
         )
 
+    # What `help` and editors show, in place of `**options`.
+    own = inspect.signature(build).parameters
+    all_of_them = [own.get(name, parameter) for name, parameter in inspect.signature(build_resnet).parameters.items()]
+    build.__signature__ = inspect.Signature(all_of_them[2:])
     build.__name__ = build.__qualname__ = f"{family}ResNet{depth}"
     build.__doc__ = _DOCUMENTATION.format(
         title=f"{'Inflated 3-D' if inflated else '2-D'} ResNet-{depth} with non-local blocks{arrangement.remark}.",

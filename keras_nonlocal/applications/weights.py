@@ -1,11 +1,11 @@
-"""Weights of files in networks: Keras' own files, and other people's by way of `keras_nonlocal.checkpoints`.
+"""Weights of files in networks, by way of `keras_nonlocal.checkpoints`.
 
 Shape letters: T, H, W the sizes of a kernel; I input channels, O output channels.
 """
 
 import dataclasses
 import os
-import zipfile
+import warnings
 
 import keras
 import numpy as np
@@ -13,8 +13,8 @@ import numpy as np
 from keras_nonlocal import checkpoints
 from keras_nonlocal.applications.transfer import inflate_kernel
 
-KERAS_FILES = (".weights.h5", ".keras")
 EPSILON = 1e-5  # of every batch normalization of the networks
+NORM = ("gamma", "beta", "moving_mean", "moving_variance")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,15 +37,17 @@ class Filling:
     not_used: tuple
 
 
-def fill(model, checkpoint):
+def fill(model, checkpoint, new_head=False):
     """Fills a network with the arrays of a checkpoint.
 
-    A kernel of one time step fills one of T: it is repeated and divided by T. A non-local block without normalization
-    is filled from one that has it (W_z takes over what the normalization does at inference), and the other way round.
+    A kernel of an image network fills one of T time steps: it is repeated and divided by T. A non-local block without
+    normalization is filled from one that has it (W_z takes over what the normalization does at inference), and the
+    other way round.
 
     Args:
         model: Network of `keras_nonlocal.applications`, or any model with the same names; changed in place.
         checkpoint: `keras_nonlocal.checkpoints.Checkpoint`.
+        new_head: Whether to leave the head as it is.
 
     Returns:
         A `Filling`.
@@ -55,14 +57,17 @@ def fill(model, checkpoint):
             it was then.
     """
     weights = {weight.path: weight for weight in model.weights}
-    arrays, folded = _with_norms_of(checkpoint.weights, weights)
+    arrays, folded = _with_norms_of(checkpoint, weights)
     planned, inflated, mismatches = {}, [], []
     for path in weights.keys() & arrays.keys():
+        if new_head and is_of_head(path):
+            continue
         shape, array = tuple(weights[path].shape), arrays[path]
-        value = inflate_kernel(array, shape)
+        fits = array.shape == shape or checkpoint.images
+        value = inflate_kernel(array, shape) if fits else None
         if value is None:
-            source = ", ".join(checkpoint.sources.get(path, ())) or path
-            mismatches.append(f"{path} {shape} of the model, {source} {array.shape} of the file")
+            files = ", ".join(f"{name!r} {checkpoint.shapes[name]}" for name in checkpoint.sources.get(path, ()))
+            mismatches.append(f"{path} {shape} of the model, {files or array.shape} of the file")
         elif value.shape != array.shape:
             inflated.append(path)
         planned[path] = value
@@ -87,83 +92,106 @@ def fill(model, checkpoint):
     )
 
 
-def _with_norms_of(arrays, weights):
+def _with_norms_of(checkpoint, weights):
     """The arrays with the normalizations of non-local blocks that `weights` has, and no others."""
-    arrays, folded = dict(arrays), []
-    blocks = [path.removesuffix("/out/kernel") for path in arrays if path.endswith("/out/kernel")]
-    for block in blocks:
-        names = [f"{block}/norm/{name}" for name in ("gamma", "beta", "moving_mean", "moving_variance")]
+    arrays, folded = dict(checkpoint.weights), []
+    for block in [path.removesuffix("/out/kernel") for path in arrays if path.endswith("/out/kernel")]:
+        names = [f"{block}/norm/{name}" for name in NORM]
         kernel, bias = f"{block}/out/kernel", f"{block}/out/bias"
         has_norm, wants_norm = names[0] in arrays, names[0] in weights
+        channels = arrays[kernel].shape[-1]
         if has_norm and not wants_norm and kernel in weights:
-            gamma, beta, mean, variance = (arrays.pop(name) for name in names)
+            parts = [arrays.get(name) for name in (*names, bias)]
+            if any(part is None or part.shape != (channels,) for part in parts):
+                continue  # whatever it is will not fit
+            gamma, beta, mean, variance, old_bias = parts
             factor = gamma / np.sqrt(variance + EPSILON)
             arrays[kernel] = arrays[kernel] * factor
-            arrays[bias] = (arrays[bias] - mean) * factor + beta
+            arrays[bias] = (old_bias - mean) * factor + beta
+            for name in names:
+                del arrays[name]
             folded += [kernel, bias]
         elif wants_norm and not has_norm:
-            channels = arrays[kernel].shape[-1]
             for name, value in zip(names, (1.0, 0.0, 0.0, 1.0 - EPSILON), strict=True):
                 arrays[name] = np.full(channels, value, "float32")
             folded += names
     return arrays, folded
 
 
-def load(model, weights, checkpoint=None):
-    """Fills a network of the builders with what their argument `weights` names.
+def load(model, checkpoint, new_head=False):
+    """Fills a network of the builders with a whole checkpoint.
 
     Args:
         model: The network, changed in place.
-        weights: Path of a file.
-        checkpoint: What `read` gave for it: `None` for a file of Keras.
+        checkpoint: `keras_nonlocal.checkpoints.Checkpoint`.
+        new_head: Whether to leave the head as it is, for other classes. With weights of images it always is.
+
+    Returns:
+        A `Filling`.
 
     Raises:
-        ValueError: if the file does not fill the model: everything but the non-local blocks, which start as the
-            identity, and but the head for weights of images.
+        ValueError: if the checkpoint does not fill all of the model but the head that is to be new and non-local blocks
+            that are not in it, which start as the identity; or if the model does not take all of it.
     """
-    if checkpoint is None:
-        try:
-            return model.load_weights(os.fspath(weights))
-        except (OSError, zipfile.BadZipFile) as error:  # which do not name the file
-            raise ValueError(
-                f"`weights` must be a file that Keras wrote ({error}). Received: weights={weights!r}"
-            ) from error
-    images = checkpoint.images
-    if images:  # their classes are others
-        checkpoint = dataclasses.replace(
-            checkpoint, weights={p: a for p, a in checkpoint.weights.items() if not p.startswith("pred/")}
-        )
-    has_head = any(weight.path.startswith("pred/") for weight in model.weights)
-    filling = fill(model, checkpoint)
-    missing = [
-        p for p in filling.not_filled if not p.startswith("nonlocal_") and not (images and p.startswith("pred/"))
-    ]
-    not_used = [p for p in filling.not_used if has_head or not p.startswith("pred/")]
+    new_head = new_head or checkpoint.images
+    filling = fill(model, checkpoint, new_head)
+    blocks = {path.split("/")[0] for path in checkpoint.weights}
+    has_head = any(is_of_head(weight.path) for weight in model.weights)
+
+    def may_be_missing(path):
+        block = path.split("/")[0]
+        return (block.startswith("nonlocal_") and block not in blocks) or (new_head and is_of_head(path))
+
+    missing = [path for path in filling.not_filled if not may_be_missing(path)]
+    not_used = [path for path in filling.not_used if not (is_of_head(path) and (new_head or not has_head))]
     if missing or not_used:
         raise ValueError(
-            f"The {checkpoint.format} file must fill the whole network, and the network take all of it. The file lacks "
-            f"{_some(missing)}; the network lacks {_some(not_used)}. Received: weights={weights!r}"
+            "The file must fill the whole network, and the network take all of it. "
+            f"Received: a {checkpoint.format} file that lacks {_some(missing)}, for {model.name!r}, which lacks "
+            f"{_some(not_used)}"
         )
     return filling
 
 
 def read(weights, keras_name=None):
-    """What the builders' argument `weights` names: `None` for a file of Keras, else a `Checkpoint`.
+    """The `Checkpoint` that the builders' argument `weights` names.
 
     `keras_name`: the network of `keras.applications` that `"imagenet"` stands for, if there is one.
     """
-    if weights == "imagenet":
-        if keras_name is None:
-            raise ValueError('There are no weights of images for this network. Received: weights="imagenet"')
-        network = getattr(keras.applications, keras_name)(weights="imagenet", include_top=False)
-        arrays = {weight.path: keras.ops.convert_to_numpy(weight) for weight in network.weights}
-        return checkpoints.from_arrays(arrays, "keras_applications")
+    if isinstance(weights, checkpoints.Checkpoint):
+        return weights
     if not isinstance(weights, (str, os.PathLike)):
-        raise ValueError(f'`weights` must be `None`, a path or "imagenet". Received: weights={weights!r}')
-    path = os.fspath(weights)
-    if not os.path.exists(path):
+        raise ValueError(
+            f'`weights` must be `None`, a path, "imagenet" or a `Checkpoint`. Received: weights={weights!r}'
+        )
+    if weights == "imagenet":
+        return _imagenet(keras_name)
+    if not os.path.exists(weights):
         raise ValueError(f"The file that `weights` names does not exist. Received: weights={weights!r}")
-    return None if path.endswith(KERAS_FILES) else checkpoints.read(path)
+    try:
+        checkpoint = checkpoints.read(weights)
+    except ValueError as error:
+        raise ValueError(f"`weights` must be a file of weights. {error}") from error
+    if checkpoint.unknown:
+        names = _some(map(repr, checkpoint.unknown))
+        warnings.warn(f"{os.fspath(weights)!r} has tensors that are not used: {names}.", stacklevel=4)
+    return checkpoint
+
+
+def _imagenet(keras_name):
+    if keras_name is None:
+        raise ValueError('There are no weights of images for this network. Received: weights="imagenet"')
+    try:
+        network = getattr(keras.applications, keras_name)(weights="imagenet", include_top=False)
+    except Exception as error:  # Keras raises just that where it cannot download
+        raise ValueError(f'Keras does not get its weights ({error}). Received: weights="imagenet"') from error
+    arrays = {weight.path: np.asarray(keras.ops.convert_to_numpy(weight), "float32") for weight in network.weights}
+    return checkpoints.from_arrays(arrays, "keras_applications")
+
+
+def is_of_head(path):
+    """Whether the path is a weight of the dense layer at the end."""
+    return path.startswith("pred/")
 
 
 def _some(names, limit=4):

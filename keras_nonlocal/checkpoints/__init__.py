@@ -11,6 +11,7 @@ import numpy as np
 from keras_nonlocal.checkpoints import (
     files,
     keras_applications,
+    keras3,
     keras_hub,
     mmaction2,
     pyslowfast,
@@ -21,7 +22,7 @@ from keras_nonlocal.checkpoints import (
 
 FORMATS = {
     module.__name__.split(".")[-1]: module.FORMAT
-    for module in (release, pyslowfast, mmaction2, torchvision, keras_applications, keras_hub)
+    for module in (release, pyslowfast, mmaction2, torchvision, keras_applications, keras_hub, keras3)
 }
 
 __all__ = ["FORMATS", "Checkpoint", "from_arrays", "read"]
