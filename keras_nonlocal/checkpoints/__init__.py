@@ -10,8 +10,8 @@ import numpy as np
 
 from keras_nonlocal.checkpoints import (
     files,
-    keras_applications,
     keras3,
+    keras_applications,
     keras_hub,
     mmaction2,
     pyslowfast,
