@@ -1,6 +1,6 @@
 """Non-local blocks in a ResNet-50 of Keras that is trained already, and fine-tuning with and without them.
 
-    python examples/insert_into_resnet.py                        # some 5 minutes on 2 idle cores, offline
+    python examples/insert_into_resnet.py                        # some minutes on 2 cores, offline
     python examples/insert_into_resnet.py --weights imagenet     # Keras downloads its ImageNet weights, once
     python examples/insert_into_resnet.py --quick                # the same steps, hardly any training: no meaning
 
@@ -101,7 +101,8 @@ def fit(model, x, y, epochs, learning_rate, seed):
     keras.utils.set_random_seed(seed)  # the same order of the images for every network
     steps = epochs * -(-len(x) // BATCH_SIZE)
     optimizer = keras.optimizers.Adam(keras.optimizers.schedules.CosineDecay(learning_rate, steps))
-    model.compile(optimizer, "sparse_categorical_crossentropy", metrics=["accuracy"])
+    # Compiling so deep a network by XLA takes longer than so few steps.
+    model.compile(optimizer, "sparse_categorical_crossentropy", metrics=["accuracy"], jit_compile=False)
     model.fit(x, y, batch_size=BATCH_SIZE, epochs=epochs, verbose=2)
 
 
