@@ -101,8 +101,8 @@ def fit(model, x, y, epochs, learning_rate, seed):
     keras.utils.set_random_seed(seed)  # the same order of the images for every network
     steps = epochs * -(-len(x) // BATCH_SIZE)
     optimizer = keras.optimizers.Adam(keras.optimizers.schedules.CosineDecay(learning_rate, steps))
-    # Compiling so deep a network by XLA takes longer than so few steps.
-    model.compile(optimizer, "sparse_categorical_crossentropy", metrics=["accuracy"], jit_compile=False)
+    eagerly = steps == 1  # of the quick run: making a graph of so deep a network takes half a minute
+    model.compile(optimizer, "sparse_categorical_crossentropy", metrics=["accuracy"], run_eagerly=eagerly)
     model.fit(x, y, batch_size=BATCH_SIZE, epochs=epochs, verbose=2)
 
 
