@@ -18,7 +18,7 @@ def backbone():
             stackwise_num_filters=[64, 64, 64],
             stackwise_num_blocks=[1, 1, 1],
             stackwise_num_strides=[1, 2, 2],
-            block_type="basic_block",
+            block_type="bottleneck_block",
             image_shape=(64, 64, 3),
         )
     )
