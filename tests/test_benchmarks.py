@@ -155,6 +155,15 @@ def test_tensorflow_peers_compute_the_formula(peer, pairwise, pool):
             peers.check(peer, runs[mode], x, cotangent, wrong, pairwise, pool, mode)
 
 
+def test_committed_results_are_those_that_were_measured():
+    """The table is made of layers.json, and the README shows its summary."""
+    folder = ROOT / "benchmarks" / "results"
+    results = json.loads((folder / "layers.json").read_text())
+    assert (folder / "layers.md").read_text() == "\n".join(report.markdown(results)) + "\n"
+    readme = (ROOT / "README.md").read_text()
+    assert [line for line in report.in_short(results) if line not in readme] == []
+
+
 def test_a_worker_that_dies_or_hangs_is_reported(monkeypatch):
     options = layers.parse(["--threads", "1"])
     popen = subprocess.Popen
