@@ -23,6 +23,13 @@ class Call:
         self.arguments, self.state, self.opcode = arguments, state, opcode
 
 
+class Raw:
+    """Instructions of a pickle that leave one object on its stack."""
+
+    def __init__(self, *instructions):
+        self.instructions = b"".join(instructions)
+
+
 class Reference:
     """A persistent id."""
 
@@ -67,6 +74,8 @@ def pickled(value, array=None, python2=False):
             return write(value.function) + write(tuple(value.arguments)) + value.opcode + state
         if isinstance(value, Reference):
             return write(value.key) + b"Q"
+        if isinstance(value, Raw):
+            return value.instructions
         raise TypeError(value)
 
     return b"\x80\x02" + write(value) + b"."
@@ -128,7 +137,7 @@ def ordered(items):
     return Ordered("collections.OrderedDict", ([[key, value] for key, value in items.items()],), {"_metadata": {}})
 
 
-def write_torch(path, tree, compression=zipfile.ZIP_STORED, storages=None, extra=None):
+def write_torch(path, tree, compression=zipfile.ZIP_STORED, storages=None):
     arrays = TorchArrays()
     data = pickled(tree, arrays)
     with zipfile.ZipFile(path, "w", compression) as archive:
@@ -137,17 +146,15 @@ def write_torch(path, tree, compression=zipfile.ZIP_STORED, storages=None, extra
         for key, raw in enumerate(storages or arrays.storages):
             archive.writestr(f"archive/data/{key}", raw)
         archive.writestr("archive/version", "3\n")
-        for name, raw in (extra or {}).items():
-            archive.writestr(name, raw)
 
 
-def write_torch_legacy(path, tree):
+def write_torch_legacy(path, tree, names=None):
     arrays = LegacyArrays()
     data = pickled(tree, arrays)
     keys = [str(key) for key in range(len(arrays.storages))][::-1]
     machine = {"protocol_version": 1001, "little_endian": True, "type_sizes": {"short": 2, "int": 4, "long": 4}}
     magic = b"\x80\x02\x8a\x0al\xfc\x9cF\xf9 j\xa8P\x19."
-    content = magic + pickled(1001) + pickled(machine) + data + pickled(keys)
+    content = magic + pickled(1001) + pickled(machine) + data + pickled(names or keys)
     for key in keys:
         # The pickle names the size in numbers; every test array of a legacy file is float32.
         content += struct.pack("<q", len(arrays.storages[int(key)]) // 4) + arrays.storages[int(key)]
@@ -157,7 +164,8 @@ def write_torch_legacy(path, tree):
 # Others
 
 
-def write_safetensors(path, arrays):
+def write_safetensors(path, arrays, low_byte=None):
+    """`low_byte`: what the file is to begin with, the length of the header modulo 256; spaces fill it up."""
     codes = {"f4": "F32", "f8": "F64", "f2": "F16", "i8": "I64"}
     header, raw = {"__metadata__": {"format": "pt"}}, b""
     for name, array in arrays.items():
@@ -166,6 +174,8 @@ def write_safetensors(path, arrays):
         header[name] = {"dtype": codes[array.dtype.str[1:]], "shape": array.shape, "data_offsets": offsets}
         raw += part
     header = json.dumps(header).encode()
+    if low_byte is not None:
+        header += b" " * ((low_byte - len(header)) % 256)
     path.write_bytes(struct.pack("<Q", len(header)) + header + raw)
 
 

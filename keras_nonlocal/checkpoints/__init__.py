@@ -20,6 +20,8 @@ from keras_nonlocal.checkpoints import (
     torchvision,
 )
 
+# Every format. "keras_hub" is one of arrays in memory only (`from_arrays`): KerasHub's files are Keras 3's own, which
+# are for the model that saved them and do not name its layers.
 FORMATS = {
     module.__name__.split(".")[-1]: module.FORMAT
     for module in (release, pyslowfast, mmaction2, torchvision, keras_applications, keras_hub, keras3)
@@ -36,17 +38,21 @@ class Checkpoint:
         format: Name of the format, a key of `FORMATS`.
         weights: Path of a weight here, such as `"res2_0_branch2a/kernel"` → float32 array in Keras' layout. Kernels are
             of `T×H×W×I×O`, those of image networks of `1×H×W×I×O`.
-        sources: Path of a weight → tuple of the file's tensors that it was made of; empty where the format implies it.
+        shapes: Name of a tensor in the file → its shape there, of all tensors.
+        sources: Path of a weight → tuple of the names in the file of the tensors that it was made of; empty where the
+            format implies it.
         ignored: Name in the file → why it is no weight.
         unknown: Name in the file → shape, of tensors that are in no row of the format's table.
         settings: Arguments of a builder that the file fixes: `pixels` (`"release"`, `"torch"` or `"caffe"`),
             `stride_in_1x1`, `pool1_padding`, `temporal_strides`, `pool1_temporal_size`, and `non_local_options`,
             arguments of `NonLocal3D`.
-        images: Whether the file is of a network for images: its kernels have no time axis.
+        images: Whether the file is of a network for images, whose classes are no videos'. Kernels without a time axis
+            tell, but for MMAction2's networks with a head: those are for videos, frame by frame.
     """
 
     format: str
     weights: dict
+    shapes: dict
     sources: dict
     ignored: dict
     unknown: dict
@@ -86,8 +92,7 @@ def read(path, format=None):
     _check_format(format)
     path = os.fspath(path)
     try:
-        arrays, ignored = files.load(path)
-        return _checkpoint(arrays, format, ignored)
+        return _checkpoint(format, *files.load(path))
     except ValueError as error:
         raise ValueError(f"{error} Received: path={path!r}") from error
 
@@ -115,7 +120,7 @@ def from_arrays(arrays, format=None):
     _check_format(format)
     arrays = {name: np.asarray(array) for name, array in arrays.items()}
     try:
-        return _checkpoint(arrays, format, {})
+        return _checkpoint(format, arrays, {}, {})
     except ValueError as error:
         raise ValueError(f"{error} Received: arrays of {len(arrays)} names") from error
 
@@ -125,12 +130,13 @@ def _check_format(format):
         raise ValueError(f"`format` must be `None` or one of {', '.join(FORMATS)}. Received: format={format!r}")
 
 
-def _checkpoint(arrays, format, beside):
+def _checkpoint(format, arrays, beside, texts):
     names = {tables.plain_name(name) for name in arrays}
     fitting = [name for name, row in FORMATS.items() if row.signature in names and format in (None, name)]
     if not fitting:
         some = ", ".join(map(repr, list(arrays)[:3]))
         known = ", ".join(f"{row.signature!r} ({name})" for name, row in FORMATS.items() if format in (None, name))
         raise ValueError(f"The file must have a tensor {known}; it has {len(arrays)} others, such as {some}.")
-    weights, sources, ignored, unknown, settings, images = tables.convert(FORMATS[fitting[0]], arrays)
-    return Checkpoint(fitting[0], weights, sources, beside | ignored, unknown, settings, images)
+    weights, sources, ignored, unknown, settings, images = tables.convert(FORMATS[fitting[0]], arrays, texts)
+    shapes = {name: tuple(array.shape) for name, array in arrays.items()}
+    return Checkpoint(fitting[0], weights, shapes, sources, beside | ignored, unknown, settings, images)

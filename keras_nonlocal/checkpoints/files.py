@@ -1,6 +1,7 @@
 """Files of arrays of every kind that weights come in, read into `{name: array}`.
 
-What a file is, its first bytes tell. No file can run code, make more numbers than it has bytes, or name another file.
+What a file is, its first bytes tell. No file can run code or name another file, and what it takes to read one grows as
+the file does: a small one cannot make many numbers, or long texts, by naming the same ones again and again.
 HDF5 is read by its own library, whose faults are here too: a damaged file can make it wait for ever.
 """
 
@@ -14,15 +15,15 @@ import zipfile
 import numpy as np
 
 from keras_nonlocal.checkpoints import pickles
-from keras_nonlocal.checkpoints.pickles import Refusal
+from keras_nonlocal.checkpoints.pickles import Refusal, is_shape, shown
 
 # The first of the pickles in torch's older format.
 _TORCH_LEGACY = 0x1950A86A20F9469CFC6C
 
 # What reading a damaged file makes h5py, zipfile, json and struct raise.
 _DAMAGE = (
-    *(ArithmeticError, AttributeError, EOFError, LookupError, OSError, RuntimeError, TypeError, ValueError),
-    *(struct.error, zipfile.BadZipFile),
+    *(ArithmeticError, AttributeError, EOFError, LookupError, MemoryError, OSError, RuntimeError, TypeError),
+    *(ValueError, struct.error, zipfile.BadZipFile),
 )
 
 
@@ -33,7 +34,8 @@ def load(path):
         path: String, the file.
 
     Returns:
-        `({name: array}, {name: reason})`: the arrays, and what else lies at their place in the file.
+        `({name: array}, {name: reason}, {name: string})`: the arrays, what else lies at their place in the file or
+        beside them, and what of the latter are strings.
 
     Raises:
         ValueError: if it is no such file, not whole, or asks for more than arrays.
@@ -49,14 +51,14 @@ def load(path):
             f"begins with {start!r}."
         )
     try:
-        arrays, ignored = reader(path)
+        arrays, ignored, texts = reader(path)
     except Refusal:
         raise
     except _DAMAGE as error:
-        raise Refusal(f"The file is cut off or damaged ({error}).") from error
+        raise Refusal(f"The file is cut off or damaged ({shown(error)}).") from error
     if not arrays:
         raise Refusal("The file must hold arrays, and holds none.")
-    return arrays, ignored
+    return arrays, ignored, texts
 
 
 def _read(path):
@@ -65,6 +67,8 @@ def _read(path):
 
 
 def _check_total(shapes, path):
+    if not all(map(is_shape, shapes)):
+        raise Refusal("The file is cut off or damaged: a tensor's shape is no shape of an array.")
     total, size = sum(math.prod(shape) for shape in shapes), os.path.getsize(path)
     if total > size:
         raise Refusal(f"The file must hold its numbers: {size} bytes cannot be {total} of them.")
@@ -82,17 +86,19 @@ def _item_size(dtype):
 
 
 def _weights(tree, keys):
-    """The dictionary of weights in what a pickle holds, as it is or under one of the keys; and what lies beside."""
+    """The dictionary of weights in what a pickle holds, as it is or under one of the keys; what lies beside it, and the
+    strings in that."""
     if not isinstance(tree, dict):
         raise Refusal(f"The file must hold a dictionary of arrays, and holds a {type(tree).__name__}.")
-    beside = {}
+    beside, texts = {}, {}
     for key in keys:
         if isinstance(tree.get(key), dict):
             beside = {str(name): f"not among the weights, which are in {key!r}" for name in tree if name != key}
+            texts = {str(name): value for name, value in tree.items() if isinstance(value, str)}
             tree = tree[key]
             break
     tree = {str(name): value for name, value in tree.items()}
-    return tree, beside
+    return tree, beside, texts
 
 
 def _read_pickle(path):
@@ -103,7 +109,7 @@ def _read_pickle(path):
     return _pickled_arrays(*_weights(tree, ("blobs",)), path)
 
 
-def _pickled_arrays(tree, ignored, path, storage=None):
+def _pickled_arrays(tree, ignored, texts, path, storage=None):
     arrays = {}
     for name, value in tree.items():
         if isinstance(value, pickles.Array) and value.value is not None:
@@ -113,10 +119,10 @@ def _pickled_arrays(tree, ignored, path, storage=None):
         else:
             ignored[name] = "no array"
     _check_total([value.shape for value in arrays.values()], path)
-    return {
-        name: _view(value, storage(value.storage)) if isinstance(value, pickles.Tensor) else value
-        for name, value in arrays.items()
-    }, ignored
+    for name, value in arrays.items():
+        if isinstance(value, pickles.Tensor):
+            arrays[name] = _view(value, storage(value.storage))
+    return arrays, ignored, texts
 
 
 def _view(tensor, numbers):
@@ -139,6 +145,8 @@ def _read_torch_legacy(file, path):
         raise Refusal("The torch file must be of version 1001, from a little-endian machine.")
     content, position = file.getbuffer(), file.tell()
     for key in keys:
+        if not isinstance(key, str):
+            raise Refusal("The names of the torch file's storages must be strings.")
         start = position + 8
         (size,) = struct.unpack("<q", content[position:start])
         position = start + storages[key].size * _item_size(storages[key].dtype)
@@ -155,11 +163,14 @@ def _read_zip(path):
         if len(pickled) != 1:
             raise Refusal("The zip file must be one that torch wrote, with one data.pkl in its folder.")
         folder = pickled[0].removesuffix("data.pkl")
+        stored = [entry.file_size for entry in archive.infolist() if entry.compress_type == zipfile.ZIP_STORED]
+        if sum(stored) > os.path.getsize(path):
+            raise Refusal("The zip file must be one that torch wrote; parts of it lie over each other.")
 
         def member(name):
             entry = archive.getinfo(folder + name)
-            if entry.compress_type != zipfile.ZIP_STORED or entry.file_size > os.path.getsize(path):
-                raise Refusal(f"The zip file must be one that torch wrote; {name} is compressed in it.")
+            if entry.compress_type != zipfile.ZIP_STORED:
+                raise Refusal(f"The zip file must be one that torch wrote; {name!r} is compressed in it.")
             return archive.read(entry)
 
         if folder + "byteorder" in names and member("byteorder") != b"little":
@@ -206,17 +217,16 @@ def _read_safetensors(path):
     header = json.loads(file.read(min(length, os.path.getsize(path))))
     numbers, arrays = file.getbuffer()[8 + length :], {}
     header.pop("__metadata__", None)
-    _check_total([entry["shape"] for entry in header.values()], path)
+    _check_total([tuple(entry["shape"]) for entry in header.values()], path)
     for name, entry in header.items():
         (start, end), shape, dtype = entry["data_offsets"], tuple(entry["shape"]), entry["dtype"]
         if dtype not in _SAFETENSORS:
             raise Refusal(f"The tensors must be of {', '.join(_SAFETENSORS)}; {name!r} is of {dtype!r}.")
         dtype = _SAFETENSORS[dtype]
-        whole = 0 <= start <= end <= len(numbers) and all(type(n) is int and n >= 0 for n in shape)
-        if not whole or end - start != math.prod(shape) * _item_size(dtype):
+        if not 0 <= start <= end <= len(numbers) or end - start != math.prod(shape) * _item_size(dtype):
             raise Refusal(f"The file is cut off or damaged: the tensor {name!r} of shape {shape} does not lie in it.")
         arrays[name] = _numbers(numbers[start:end], dtype).reshape(shape)
-    return arrays, {}
+    return arrays, {}, {}
 
 
 def _read_hdf5(path):
@@ -243,7 +253,7 @@ def _read_hdf5(path):
             if dataset.dtype.kind not in "biuf":
                 raise Refusal(f"The file must hold arrays of plain numbers; {name!r} is of {dataset.dtype}.")
         _check_total([dataset.shape for dataset in datasets.values()], path)
-        return {name: dataset[()] for name, dataset in datasets.items()}, {}
+        return {name: dataset[()] for name, dataset in datasets.items()}, {}, {}
 
 
 def _inside(group, path):
@@ -266,10 +276,10 @@ def _attribute(group, name):
     return [value.decode() if isinstance(value, bytes) else str(value) for value in values]
 
 
-# How a file begins → what reads it.
+# How a file begins → what reads it. The first byte of safetensors, of a length, may be that of a pickle.
 _READERS = (
+    (lambda start: start[6:9] == b"\0\0{", _read_safetensors),
     (lambda start: start.startswith(b"\x80"), _read_pickle),
     (lambda start: start.startswith(b"PK\x03\x04"), _read_zip),
     (lambda start: start.startswith(b"\x89HDF\r\n\x1a\n"), _read_hdf5),
-    (lambda start: start[6:9] == b"\0\0{", _read_safetensors),
 )

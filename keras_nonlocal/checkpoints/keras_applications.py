@@ -2,9 +2,9 @@
 
 import numpy as np
 
-from keras_nonlocal.checkpoints.tables import Format, after, keras_convolution, keras_dense, vector
+from keras_nonlocal.checkpoints.tables import BRANCH, EPSILON, Format, after, keras_convolution, keras_dense, vector
 
-_EPSILON_DIFFERENCE = 1.001e-5 - 1e-5  # its batch norm's, less ours
+_EPSILON_DIFFERENCE = 1.001e-5 - EPSILON  # its batch norm's, less ours
 
 
 def _first_convolution(array):
@@ -15,7 +15,7 @@ def _variance(array):
     return vector(array).astype("float64") + _EPSILON_DIFFERENCE
 
 
-def _finish(weights, sources, rank):
+def _finish(weights, sources, rank, texts):
     # A bias before a batch norm is a part of its mean.
     means = {"conv1/bias": "res_conv1_bn/moving_mean"}
     for bias in [path for path in weights if path.endswith("/bias") and path != "pred/bias"]:
@@ -31,7 +31,6 @@ _VARIANCE = r"bn/moving_variance"
 _NORM = r"bn/(?P<norm>gamma|beta|moving_mean)"
 
 FORMAT = Format(
-    title="keras.applications",
     signature="conv2_block1_1_conv/kernel",
     rows=(
         (r"conv1_conv/kernel", "conv1/kernel", _first_convolution),
@@ -45,6 +44,6 @@ FORMAT = Format(
         (r"predictions/kernel", "pred/kernel", keras_dense),
         (r"predictions/bias", "pred/bias", vector),
     ),
-    words={"block": after(-1), "branch": {"0": "1", "1": "2a", "2": "2b", "3": "2c"}.get},
+    words={"block": after(-1), "branch": BRANCH},
     finish=_finish,
 )

@@ -1,17 +1,22 @@
-"""ResNets (v1.5) of KerasHub, for images: a backbone's or a classifier's weights, as arrays under their paths."""
+"""ResNets (v1.5) of KerasHub, for images: a backbone's or a classifier's weights, as arrays under their paths.
 
-from keras_nonlocal.checkpoints.tables import Format, after, keras_convolution, keras_dense, vector
+There are no files of this format, only `from_arrays`: Keras 3's own do not hold the names.
+"""
 
-
-def _finish(weights, sources, rank):
-    return {"pixels": "torch", "stride_in_1x1": False}
-
+from keras_nonlocal.checkpoints.tables import (
+    BRANCH,
+    Format,
+    after,
+    finish_v1_5,
+    keras_convolution,
+    keras_dense,
+    vector,
+)
 
 _BLOCK = r"stack(?P<stage>[0-3])_block(?P<block>\d+)_(?P<branch>[0-3])_"
 _NORM = r"bn/(?P<norm>gamma|beta|moving_mean|moving_variance)"
 
 FORMAT = Format(
-    title="KerasHub",
     signature="stack0_block0_1_conv/kernel",
     rows=(
         (r"conv1_conv/kernel", "conv1/kernel", keras_convolution),
@@ -21,6 +26,6 @@ FORMAT = Format(
         (r"predictions/kernel", "pred/kernel", keras_dense),
         (r"predictions/bias", "pred/bias", vector),
     ),
-    words={"stage": after(2), "branch": {"0": "1", "1": "2a", "2": "2b", "3": "2c"}.get},
-    finish=_finish,
+    words={"stage": after(2), "branch": BRANCH},
+    finish=finish_v1_5,
 )

@@ -1,6 +1,12 @@
 """MMAction2's ResNets (torch).
 
-A file does not tell the dot product from the embedded Gaussian, whose blocks have the same weights.
+What its weights do not tell is not read: the embedded Gaussian is taken for the dot product too, and the scores are
+taken as unscaled, as in MMAction2's own configurations, though `use_scale` is `True` by default in mmcv's block. For
+files of such networks, `non_local_options` is to say `pairwise="dot_product"` or `scale="sqrt"`.
+
+Its C2D has kernels without a time axis, and so has its TSN under the same names: where there is a head too, the file is
+of a video network, and taken for C2D, whose stem and pooling are the release's. For TSN (and C2D without pooling) the
+model is to be built with `temporal_strides=(1, 1, 1)` and `pool1_padding="same"`.
 """
 
 import numpy as np
@@ -9,6 +15,7 @@ from keras_nonlocal.checkpoints.tables import (
     BRANCH,
     TORCH_IGNORED,
     TORCH_NORM,
+    V1_5,
     Format,
     after,
     convolution,
@@ -17,8 +24,12 @@ from keras_nonlocal.checkpoints.tables import (
 )
 
 
-def _finish(weights, sources, rank):
-    settings = {"pixels": "torch", "stride_in_1x1": False}
+def _is_of_images(weights, rank):
+    return rank == 4 and "pred/kernel" not in weights
+
+
+def _finish(weights, sources, rank, texts):
+    settings = dict(V1_5)
     if rank == 5:
         settings["pool1_padding"] = "same"
     if "conv1/kernel" in weights and len(weights["conv1/kernel"]) == 5:
@@ -48,7 +59,6 @@ _CONV = _BLOCK + r"conv(?P<branch>[123])\."
 _NON_LOCAL = _BLOCK + r"non_local_block\."
 
 FORMAT = Format(
-    title="MMAction2",
     signature="backbone.layer1.0.conv1.conv.weight",
     rows=(
         (r"backbone\.conv1\.conv\.weight", "conv1/kernel", convolution),
@@ -74,4 +84,5 @@ FORMAT = Format(
     words={"stage": after(1), "branch": BRANCH, "norm": TORCH_NORM},
     ignored=TORCH_IGNORED,
     finish=_finish,
+    images=_is_of_images,
 )

@@ -9,6 +9,7 @@ import dataclasses
 import math
 import pickletools
 import re
+import reprlib
 import struct
 
 import numpy as np
@@ -16,6 +17,18 @@ import numpy as np
 
 class Refusal(ValueError):
     """A file that is not read, and why."""
+
+
+# How messages show what a file holds, and errors that quote it: in part, as few bytes of pickle can nest lists whose
+# whole text fills any memory.
+_SHORT = reprlib.Repr()
+_SHORT.maxlevel, _SHORT.maxstring, _SHORT.maxother = 2, 100, 100
+shown = _SHORT.repr
+
+
+def is_shape(sizes):
+    """Whether a tuple is the shape of an array: so few and so small numbers that their product is made in no time."""
+    return isinstance(sizes, tuple) and len(sizes) <= 32 and all(type(n) is int and 0 <= n < 2**63 for n in sizes)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,14 +59,14 @@ class DType:
 
     def __init__(self, code, *_):
         if not isinstance(code, str) or not re.fullmatch(r"[<>|=]?([iu][1248]|f[248]|b1|\?)", code):
-            raise Refusal(f"The file must hold arrays of plain numbers, and has one of dtype {code!r}.")
+            raise Refusal(f"The file must hold arrays of plain numbers, and has one of dtype {shown(code)}.")
         self.value = np.dtype(code)
 
     def build(self, state):
         """Takes the byte order of the state that NumPy's `__setstate__` would."""
         order = state[1]
         if order not in ("<", ">", "=", "|"):
-            raise Refusal(f"The file must hold arrays of plain numbers, and has a byte order {order!r}.")
+            raise Refusal(f"The file must hold arrays of plain numbers, and has a byte order {shown(order)}.")
         self.value = self.value.newbyteorder(order)
 
 
@@ -76,25 +89,24 @@ class Tensor:
     strides: tuple
 
     def __post_init__(self):
-        numbers = (self.offset, *self.shape, *self.strides)
-        fits = len(self.shape) == len(self.strides) <= 32 and all(type(n) is int and n >= 0 for n in numbers)
+        fits = all(map(is_shape, (self.shape, self.strides, (self.offset,)))) and len(self.shape) == len(self.strides)
         if fits and 0 not in self.shape:
             last = self.offset + sum((n - 1) * step for n, step in zip(self.shape, self.strides, strict=True))
             # Steps of 0 could make any number of elements out of one.
             fits = last < self.storage.size and math.prod(self.shape) <= self.storage.size
         if not fits:
             raise Refusal(
-                f"The tensors must lie in their storages; one of shape {self.shape} and strides {self.strides} from "
-                f"{self.offset} on does not in one of {self.storage.size} elements."
+                f"The tensors must lie in their storages; one of shape {shown(self.shape)} and strides "
+                f"{shown(self.strides)} from {shown(self.offset)} on does not in one of {self.storage.size} elements."
             )
 
 
 def _array(raw, dtype, shape, order):
     if isinstance(raw, str):  # Python 2 had no bytes
         raw = raw.encode("latin-1")
-    if not isinstance(dtype, DType) or not isinstance(shape, tuple) or len(shape) > 32 or order not in ("C", "F"):
+    if not isinstance(dtype, DType) or not is_shape(shape) or order not in ("C", "F"):
         raise ValueError("not the parts of an array")
-    if any(type(n) is not int or n < 0 for n in shape) or math.prod(shape) * dtype.value.itemsize != len(raw):
+    if math.prod(shape) * dtype.value.itemsize != len(raw):
         raise ValueError(f"{len(raw)} bytes are no array of shape {shape} and dtype {dtype.value}")
     return np.frombuffer(raw, dtype.value).reshape(shape, order=order)
 
@@ -107,12 +119,16 @@ def _frombuffer(raw, dtype, shape, order="C"):
 
 def _encode(text, encoding="latin1"):
     if encoding not in ("latin1", "latin-1"):
-        raise Refusal(f"The file asks for the text encoding {encoding!r}, which makes no array.")
+        raise Refusal(f"The file asks for the text encoding {shown(encoding)}, which makes no array.")
     return text.encode("latin-1")
 
 
 def _dictionary(items=()):
-    return _update({}, [part for pair in items for part in pair])
+    return _update({}, [part for key, value in items for part in (key, value)])
+
+
+# What copies its first argument, and is charged for its length.
+_COPYING = (_encode, _dictionary, _frombuffer)
 
 
 def _tensor(storage, offset, shape, strides, *_):
@@ -183,12 +199,16 @@ TORCH = {
 
 def _storage(saved):
     """The storage that a torch file refers to by `("storage", type, key, location, size, …)`."""
+    if not isinstance(saved, tuple) or not 5 <= len(saved) <= 6:
+        raise ValueError("no reference to a storage")
     kind, storage_type, key, _, size = saved[:5]
     if kind != "storage" or not isinstance(storage_type, Global) or storage_type.name not in STORAGES:
         raise ValueError("a reference to something else than a storage")
-    if type(size) is not int or size < 0 or any(view is not None for view in saved[5:]):
+    if not isinstance(key, str) or len(key) > 100:
+        raise ValueError(f"a storage of the name {shown(key)}")
+    if not is_shape((size,)) or saved[5:] not in ((), (None,)):
         raise ValueError("a storage of no size, or a view of one")
-    return Storage(str(key), STORAGES[storage_type.name], size)
+    return Storage(key, STORAGES[storage_type.name], size)
 
 
 def load(data, table, reference=None):
@@ -202,15 +222,16 @@ def load(data, table, reference=None):
     Raises:
         Refusal: if it asks for anything else, or is no whole pickle.
     """
-    machine = _Machine(table, reference)
+    machine = _Machine(table, reference, 4 * data.getbuffer().nbytes)
     try:
         for opcode, argument, _ in pickletools.genops(data):
             machine.step(opcode.name, argument)
-        return machine.stack.pop()
+        (result,) = machine.stack
+        return result
     except Refusal:
         raise
     except (ValueError, LookupError, TypeError, AttributeError, ArithmeticError, struct.error) as error:
-        raise Refusal(f"The file is cut off or damaged: no whole pickle ({error}).") from error
+        raise Refusal(f"The file is cut off or damaged: no whole pickle ({shown(error)}).") from error
 
 
 def load_torch(data, storages):
@@ -219,7 +240,7 @@ def load_torch(data, storages):
     def reference(saved):
         storage = _storage(saved)
         if storages.setdefault(storage.key, storage) != storage:
-            raise ValueError(f"two storages {storage.key!r}")
+            raise ValueError(f"two storages {storage.key}")
         return storage
 
     return load(data, TORCH, reference)
@@ -237,8 +258,8 @@ _TUPLES = {"TUPLE1": 1, "TUPLE2": 2, "TUPLE3": 3}
 
 
 class _Machine:
-    def __init__(self, table, reference):
-        self.table, self.reference = table, reference
+    def __init__(self, table, reference, budget):
+        self.table, self.reference, self.budget = table, reference, budget
         self.stack, self.marks, self.memo = [], [], {}
 
     def step(self, name, argument):
@@ -259,6 +280,12 @@ class _Machine:
             _ACTIONS[name](self, argument)
         else:
             raise Refusal(f"The file uses the pickle instruction {name}, which no array needs.")
+
+    def charge(self, amount):
+        """For what an instruction copies: as it can be recalled from the memo, a short file could make any number."""
+        self.budget -= amount
+        if self.budget < 0:
+            raise Refusal("The file must be about as long as what it holds; it copies parts of itself time and again.")
 
     def pop_mark(self):
         start = self.marks.pop()
@@ -282,13 +309,17 @@ class _Machine:
             name = name.split(" ", 1)
         name = ".".join(name)
         if name not in self.table:
+            name = shown(name)
             raise Refusal(f"The file asks for {name}, which is no array and no plain container; nothing was run.")
         self.stack.append(Global(name, self.table[name]))
 
     def call(self, _):
         arguments, function = self.stack.pop(), self.stack.pop()
         if not isinstance(function, Global) or function.make is None or not isinstance(arguments, tuple):
-            raise Refusal(f"The file calls {getattr(function, 'name', function)!r}, which makes no array.")
+            raise Refusal(f"The file calls {shown(getattr(function, 'name', function))}, which makes no array.")
+        self.charge(len(arguments))
+        if function.make in _COPYING and arguments:
+            self.charge(len(arguments[0]))
         self.stack.append(function.make(*arguments))
 
     def call_with_names(self, _):
@@ -298,6 +329,7 @@ class _Machine:
     def build(self, _):
         state, target = self.stack.pop(), self.stack[-1]
         if isinstance(target, (Array, DType)):
+            self.charge(len(state[-1]) if isinstance(target, Array) else 0)
             target.build(state)
         elif not isinstance(target, (Inert, dict)):  # which drop it, a dictionary as it holds notes about the weights
             raise Refusal(f"The file sets attributes of a {type(target).__name__}.")
@@ -337,10 +369,12 @@ def _update(target, items):
 
 
 def _hashable(items):
-    # Keys of plain types only: the hash of a deeply nested one could exhaust the stack.
+    # Small keys of plain types only: the hash of a nested one could exhaust the stack, that of a large one takes long.
     for item in items:
         if not isinstance(item, (str, bytes, int, float, type(None))):
             raise ValueError(f"a key of the type {type(item).__name__}")
+        if (isinstance(item, int) and item.bit_length() > 64) or (isinstance(item, (str, bytes)) and len(item) > 10000):
+            raise ValueError("a key of great length")
     return items
 
 

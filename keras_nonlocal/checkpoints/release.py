@@ -6,25 +6,20 @@ apart, so for one of those the model is to be built with `pool1_padding="same"`.
 
 import numpy as np
 
-from keras_nonlocal.checkpoints.tables import Format, convolution, dense, vector
+from keras_nonlocal.checkpoints.tables import EPSILON, Format, convolution, dense, vector
 
 _NORM = {"s": "gamma", "b": "beta", "rm": "moving_mean", "riv": "moving_variance"}.get
-_EPSILON = 1e-5
 
 
-def _finish(weights, sources, rank):
-    statistics = [path for path in weights if path.endswith(("/moving_mean", "/moving_variance"))]
+def _finish(weights, sources, rank, texts):
     settings = {"pixels": "release", "stride_in_1x1": False, "pool1_padding": "valid"} if rank == 5 else {}
-    if statistics:
-        return settings
-    # Affine form: the statistics are in γ and β. Mean 0 and variance 1 - ε leave them as they are.
     for path in [path for path in weights if path.endswith("/gamma")]:
-        layer = path.removesuffix("/gamma")
-        weights[layer + "/moving_mean"] = np.zeros_like(weights[path])
-        weights[layer + "/moving_variance"] = np.full_like(weights[path], 1 - _EPSILON)
-        sources[layer + "/moving_mean"] = sources[layer + "/moving_variance"] = ()
-    blocks = [path.split("/")[0] for path in weights if path.endswith("/g/kernel")]
-    if blocks and not any(block + "/norm/gamma" in weights for block in blocks):
+        mean, variance = (path.removesuffix("gamma") + name for name in ("moving_mean", "moving_variance"))
+        if mean not in weights and variance not in weights:
+            # Affine form: the statistics are in γ and β. Mean 0 and variance 1 - ε leave them as they are.
+            weights[mean], weights[variance] = np.zeros_like(weights[path]), np.full_like(weights[path], 1 - EPSILON)
+            sources[mean] = sources[variance] = ()
+    if any(path.endswith("/g/kernel") for path in weights) and not any("/norm/" in path for path in weights):
         settings["non_local_options"] = {"normalization": None}
     return settings
 
@@ -33,7 +28,6 @@ _BLOCK = r"res(?P<stage>[2-5])_(?P<block>\d+)_branch(?P<branch>1|2a|2b|2c)"
 _NON_LOCAL = r"nonlocal_conv(?P<stage>[2-5])_(?P<block>\d+)"
 
 FORMAT = Format(
-    title="the authors' release (Caffe2)",
     signature="res2_0_branch2a_w",
     rows=(
         (r"conv1_w", "conv1/kernel", convolution),

@@ -9,9 +9,9 @@ import re
 import numpy as np
 
 
-def nothing_more(weights, sources, rank):
-    """For formats whose tables say it all."""
-    return {}
+def has_image_kernels(weights, rank):
+    """Whether a file is of an image network, where its kernels tell: they have no time axis."""
+    return rank == 4
 
 
 @dataclasses.dataclass(frozen=True)
@@ -19,22 +19,23 @@ class Format:
     """One way to name the weights of a ResNet.
 
     Args:
-        title: What it is, in a few words.
         signature: The file's name of the first residual block's first kernel, by which the format is known.
         rows: `(pattern, target, layout)`: a regular expression of the file's names, the name here, in which groups of
             the expression stand in braces, and the function that gives an array the layout that it has here.
         words: Group of the expressions → function from what it matches to what stands for that here, or `None`.
+        finish: Function of `weights`, `sources`, the rank of the file's kernels (4 where they have no time axis) and
+            the strings that the file holds beside its weights, under their names. It adds to the former two what the
+            file leaves unsaid, and returns the builder's arguments that the file fixes.
         ignored: `(pattern, reason)` of what is no weight of a network.
-        finish: Function of `weights`, `sources` and the rank of the file's kernels (4 for an image network's). It adds
-            to the former two what the file leaves unsaid, and returns the builder's arguments that the file fixes.
+        images: Function of `weights` and that rank: whether the file is of an image network.
     """
 
-    title: str
     signature: str
     rows: tuple
     words: dict
+    finish: object
     ignored: tuple = ()
-    finish: object = nothing_more
+    images: object = has_image_kernels
 
     def find(self, name):
         """`(name here, layout)` of a tensor, or `None`."""
@@ -52,8 +53,9 @@ def plain_name(name):
     return re.sub(r"^((module|_orig_mod)\.)+", "", name)
 
 
-def convert(format, arrays):
-    """`(weights, sources, ignored, unknown, settings, images)` of the arrays of a file, by the table of a format."""
+def convert(format, arrays, texts):
+    """`(weights, sources, ignored, unknown, settings, images)` of the arrays of a file and of the strings beside them,
+    by the table of a format."""
     weights, sources, ignored, unknown, rank = {}, {}, {}, {}, None
     for name, array in arrays.items():
         plain = plain_name(name)
@@ -79,8 +81,8 @@ def convert(format, arrays):
             unknown[name] = tuple(array.shape)
         if plain == format.signature:
             rank = array.ndim
-    settings = format.finish(weights, sources, rank)
-    return weights, sources, ignored, unknown, settings, rank == 4
+    settings = format.finish(weights, sources, rank, texts)
+    return weights, sources, ignored, unknown, settings, format.images(weights, rank)
 
 
 # Layouts. Their errors go on after "The tensor …".
@@ -123,14 +125,16 @@ def keras_dense(array):
     return array
 
 
-# Words that several formats share.
+# What several formats share.
+EPSILON = 1e-5  # of the batch norms here
+V1_5 = {"pixels": "torch", "stride_in_1x1": False}
 TORCH_NORM = {
     "weight": "gamma",
     "bias": "beta",
     "running_mean": "moving_mean",
     "running_var": "moving_variance",
 }.get
-BRANCH = {"1": "2a", "2": "2b", "3": "2c"}.get
+BRANCH = {"0": "1", "1": "2a", "2": "2b", "3": "2c"}.get
 
 
 def after(offset):
@@ -138,9 +142,9 @@ def after(offset):
     return lambda number: str(int(number) + offset)
 
 
-def parameter(name):
-    """A kernel's or a bias's name here, from torch's."""
-    return {"weight": "kernel", "bias": "bias"}.get(name)
+def finish_v1_5(weights, sources, rank, texts):
+    """For image networks of v1.5 whose tables say it all."""
+    return dict(V1_5)
 
 
 TORCH_IGNORED = ((r".*num_batches_tracked", "a counter of training steps"),)

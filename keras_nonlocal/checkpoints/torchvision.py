@@ -8,18 +8,13 @@ from keras_nonlocal.checkpoints.tables import (
     after,
     convolution,
     dense,
+    finish_v1_5,
     vector,
 )
-
-
-def _finish(weights, sources, rank):
-    return {"pixels": "torch", "stride_in_1x1": False}
-
 
 _BLOCK = r"layer(?P<stage>[1-4])\.(?P<block>\d+)\."
 
 FORMAT = Format(
-    title="torchvision",
     signature="layer1.0.conv1.weight",
     rows=(
         (r"conv1\.weight", "conv1/kernel", convolution),
@@ -33,5 +28,5 @@ FORMAT = Format(
     ),
     words={"stage": after(1), "branch": BRANCH, "norm": TORCH_NORM},
     ignored=TORCH_IGNORED,
-    finish=_finish,
+    finish=finish_v1_5,
 )
