@@ -287,6 +287,12 @@ def keras_hub_name(path):
     return keras_name(path, "stack{stage}_block{block}", (-2, 0))
 
 
+def keras3_name(path):
+    order = ("gamma", "beta", "moving_mean", "moving_variance") if "/norm/" in path or "_bn/" in path else None
+    layer, weight = path.rsplit("/", 1)
+    return f"{layer}/{(order or ('kernel', 'bias')).index(weight)}"
+
+
 NAMES = {
     "release": release_name,
     "pyslowfast": pyslowfast_name,
@@ -294,6 +300,7 @@ NAMES = {
     "torchvision": torchvision_name,
     "keras_applications": keras_name,
     "keras_hub": keras_hub_name,
+    "keras3": keras3_name,
 }
 
 
@@ -312,12 +319,12 @@ def file_of(format, paths, image=False, seed=0):
         elif path.startswith(("pred", "nonlocal")):
             ours = rng.normal(size=(4, 6)).astype("float32")
             theirs = ours if keras else np.einsum("io->oi", ours)
-            if path.startswith("nonlocal"):
+            if path.startswith("nonlocal") and not keras:
                 theirs = theirs[..., None, None, None]
         else:
             t, *shape = convolution_shape(path)
             ours = rng.normal(size=(1 if image else t, *shape)).astype("float32")
-            theirs = ours[0] if keras else np.einsum("thwio->oithw", ours)
+            theirs = ours if format == "keras3" else ours[0] if keras else np.einsum("thwio->oithw", ours)
             if image and not keras:
                 theirs = theirs[:, :, 0]
         arrays[NAMES[format](path)], expected[path] = np.ascontiguousarray(theirs), ours

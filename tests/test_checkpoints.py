@@ -24,7 +24,7 @@ ROOT = Path(__file__).parent.parent
 MODELS = json.loads((ROOT / "tests" / "goldens" / "models.json").read_text())
 VIDEO_PATHS = list(MODELS["I3DResNet50_5"])
 IMAGE_PATHS = [path for path in VIDEO_PATHS if not path.startswith("nonlocal")]
-VIDEO_FORMATS = ("release", "pyslowfast", "mmaction2")
+VIDEO_FORMATS = ("release", "pyslowfast", "mmaction2", "keras3")
 PATHS = {name: VIDEO_PATHS if name in VIDEO_FORMATS else IMAGE_PATHS for name in checkpoints.FORMATS}
 FIRST = [path for path in IMAGE_PATHS if path.startswith(("conv1", "res_conv1", "res2_0", "pred"))]
 
@@ -67,7 +67,7 @@ def test_no_row_is_idle(name):
     names = [write.NAMES[name](path) for path in PATHS[name]]
     # what some files have and others have not
     names += ["backbone.layer2.1.non_local_block.concat_project.conv.weight", "conv1_conv/bias"]
-    names += ["conv2_block1_1_conv/bias"]
+    names += ["conv2_block1_1_conv/bias", "nonlocal_conv3_1/0"]
     row_of = checkpoints.FORMATS[name].find
     found = {row_of(n)[0].split("/", 1)[1] for n in names if row_of(n)}
     used = set()
@@ -247,6 +247,7 @@ MMACTION2 = V1_5 | {"pool1_padding": "same", "temporal_strides": (2, 2, 2), "poo
         ("torchvision", True, V1_5),
         ("keras_applications", True, {"pixels": "caffe", "stride_in_1x1": True}),
         ("keras_hub", True, V1_5),
+        ("keras3", False, {}),
     ],
 )
 def test_settings(name, image, settings):
@@ -1022,13 +1023,23 @@ def test_files_of_other_kinds(content, match, tmp_path):
         checkpoints.read(tmp_path / "a.pkl")
 
 
-def test_files_that_are_keras_own(tmp_path):
-    model = keras.Sequential([keras.Input((2,)), keras.layers.Dense(1)])
+def test_files_of_keras_of_other_networks(tmp_path):
+    model = keras.Sequential([keras.Input((2,)), keras.layers.Dense(1, name="last")])
     model.save(tmp_path / "a.keras")
-    with pytest.raises(ValueError, match="Keras' own already: give it to the model as `weights`.*Received: path="):
-        checkpoints.read(tmp_path / "a.keras")
     model.save_weights(tmp_path / "a.weights.h5")
-    with pytest.raises(ValueError, match="Weights that Keras 3 saved are for the model that saved them.*Received"):
+    for name in ("a.keras", "a.weights.h5"):
+        with pytest.raises(
+            ValueError, match=r"must have a tensor .* it has 2 others, such as 'last/0', 'last/1'.*Received"
+        ):
+            checkpoints.read(tmp_path / name)
+
+
+def test_groups_that_lie_in_each_other(tmp_path):
+    with h5py.File(tmp_path / "a.weights.h5", "w") as file:
+        group = file.create_group("layers/conv")
+        group["again"] = group
+        group.create_group("vars").attrs["name"] = "conv"
+    with pytest.raises(ValueError, match=r"groups lie in each other without end\. Received: path="):
         checkpoints.read(tmp_path / "a.weights.h5")
 
 

@@ -20,8 +20,7 @@ from keras_nonlocal.checkpoints import (
     torchvision,
 )
 
-# Every format. "keras_hub" is one of arrays in memory only (`from_arrays`): KerasHub's files are Keras 3's own, which
-# are for the model that saved them and do not name its layers.
+# Every format. "keras_hub" is one of arrays in memory only (`from_arrays`).
 FORMATS = {
     module.__name__.split(".")[-1]: module.FORMAT
     for module in (release, pyslowfast, mmaction2, torchvision, keras_applications, keras_hub, keras3)

@@ -158,7 +158,10 @@ def _read_zip(path):
     with zipfile.ZipFile(path) as archive:
         names = archive.namelist()
         if "model.weights.h5" in names:
-            raise Refusal("The file is Keras' own already: give it to the model as `weights`.")
+            entry = archive.getinfo("model.weights.h5")
+            if entry.compress_type != zipfile.ZIP_STORED or entry.file_size > os.path.getsize(path):
+                raise Refusal("The zip file must be one that Keras wrote; its weights are compressed.")
+            return _read_hdf5(path, io.BytesIO(archive.read(entry)))
         pickled = [name for name in names if name.count("/") == 1 and name.endswith("/data.pkl")]
         if len(pickled) != 1:
             raise Refusal("The zip file must be one that torch wrote, with one data.pkl in its folder.")
@@ -229,31 +232,52 @@ def _read_safetensors(path):
     return arrays, {}, {}
 
 
-def _read_hdf5(path):
-    """Keras 2's format, which `keras.applications` downloads: a group for every layer, in it the weights it names."""
+def _read_hdf5(path, content=None):
+    """Keras' formats: version 2's, of `keras.applications`, and version 3's. `content`: of an HDF5 file that
+    lies in the one at `path`."""
     import h5py
 
-    with h5py.File(path, "r") as file:
+    with h5py.File(content or path, "r") as file:
         root = _inside(file, "model_weights") if "model_weights" in file else file
-        layers, datasets = _attribute(root, "layer_names"), {}
-        if not layers:
-            raise Refusal(
-                "The HDF5 file must have Keras' attribute `layer_names`, and has none. Weights that Keras 3 saved are "
-                "for the model that saved them: load them into it."
-            )
-        for layer in layers:
-            group = _inside(root, layer)
-            for weight in _attribute(group, "weight_names"):
-                # The graph's names before the last one may be numbered ("conv1_conv_1"); the layer's is not.
-                name = f"{layer}/{weight.split('/')[-1].split(':')[0]}"
-                datasets[name] = _inside(group, weight)
+        if "layers" in root:
+            datasets = dict(_variables(_inside(root, "layers")))
+        else:
+            datasets = dict(_named_weights(root))
+        if not datasets:
+            raise Refusal("The HDF5 file must be one that Keras wrote, and names no layers.")
+        texts = {name: value for name, value in file.attrs.items() if isinstance(value, str)}
         for name, dataset in datasets.items():
             if not isinstance(dataset, h5py.Dataset) or dataset.is_virtual or dataset.external:
                 raise Refusal(f"The numbers of {name!r} must lie in the file itself.")
             if dataset.dtype.kind not in "biuf":
                 raise Refusal(f"The file must hold arrays of plain numbers; {name!r} is of {dataset.dtype}.")
         _check_total([dataset.shape for dataset in datasets.values()], path)
-        return {name: dataset[()] for name, dataset in datasets.items()}, {}, {}
+        return {name: dataset[()] for name, dataset in datasets.items()}, {}, texts
+
+
+def _named_weights(root):
+    """Keras 2: a group for every layer, in it the weights that it names."""
+    for layer in _attribute(root, "layer_names"):
+        group = _inside(root, layer)
+        for weight in _attribute(group, "weight_names"):
+            # The graph's names before the last one may be numbered ("conv1_conv_1"); the layer's is not.
+            yield f"{layer}/{weight.split('/')[-1].split(':')[0]}", _inside(group, weight)
+
+
+def _variables(group, names=()):
+    """Keras 3: groups that are named after classes, in each a group "vars" with the layer's name and its variables by
+    number, beside groups of the layers inside of it. Named here `layer/inner layer/number`."""
+    if len(names) > 8:
+        raise Refusal("The HDF5 file must be one that Keras wrote; its groups lie in each other without end.")
+    parts = {name: _inside(group, name) for name in group}
+    variables = parts.pop("vars", None)
+    if variables is not None:
+        names = (*names, str(variables.attrs.get("name", group.name)))
+        for number in variables:
+            yield "/".join((*names, number)), _inside(variables, number)
+    for part in parts.values():
+        if hasattr(part, "keys"):
+            yield from _variables(part, names)
 
 
 def _inside(group, path):

@@ -20,27 +20,17 @@ def write_settings(path, settings):
         file.attrs[SETTINGS] = json.dumps(settings)
 
 
-def read_settings(file):
-    """What `write_settings` has written into an open HDF5 file, or nothing."""
-    return _with_tuples(json.loads(file.attrs.get(SETTINGS, "{}")))
+def _finish(weights, sources, rank, texts):
+    settings = json.loads(texts.get(SETTINGS, "{}"))
+    if not isinstance(settings, dict):
+        raise ValueError(f"The attribute {SETTINGS!r} must be a dictionary in JSON.")
+    return _with_tuples(settings)
 
 
 def _with_tuples(value):
     if isinstance(value, dict):
         return {name: _with_tuples(part) for name, part in value.items()}
     return tuple(value) if isinstance(value, list) else value
-
-
-def datasets(group, names=()):
-    """`(name, dataset)` of every variable below a group: the names of its layers, then its number in the last one."""
-    variables = group.get("vars")
-    if variables is not None:
-        names = (*names, str(variables.attrs.get("name", group.name.split("/")[-1])))
-        for number, dataset in variables.items():
-            yield "/".join((*names, number)), dataset
-    for name, part in group.items():
-        if name != "vars" and hasattr(part, "items"):
-            yield from datasets(part, names)
 
 
 def convolution(array):
@@ -50,14 +40,9 @@ def convolution(array):
     return array
 
 
-def _finish(weights, sources, rank):
-    return {}
-
-
 _BLOCK = r"nonlocal_conv\d_\d+"
 
 FORMAT = Format(
-    title="Keras",
     signature="res2_0_branch2a/0",
     rows=(
         (rf"(?P<layer>\w+_bn|{_BLOCK}/norm)/(?P<norm>[0-3])", "{layer}/{norm}", vector),
