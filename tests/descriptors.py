@@ -148,8 +148,13 @@ def randomise(model, seed=0):
     return model
 
 
-@functools.lru_cache(None)
 def summary(constructor, **options):
+    """Built once, in whatever order the options come."""
+    return _summary(constructor, **dict(sorted(options.items())))
+
+
+@functools.lru_cache(None)
+def _summary(constructor, **options):
     """What `summarise` says of a model, which is let go. Nobody looks at its values: zeros are made much faster."""
     with (
         mock.patch.object(keras.initializers.VarianceScaling, "__call__", _zeros),

@@ -2,6 +2,7 @@
 
 import inspect
 import json
+import re
 from pathlib import Path
 
 import keras
@@ -394,7 +395,7 @@ def test_weights(rng, tmp_path):
         for weights in (path, str(path)):
             loaded = I3DResNet11(weights=weights, **options)
             np.testing.assert_array_equal(loaded(x, training=False), expected)
-    with pytest.raises(ValueError):
+    with pytest.raises(ValueError, match=r"\(128, 6\), Received: value\.shape=\(128, 5\)"):
         I3DResNet11(weights=path, input_shape=x.shape[1:], classes=6)
 
 
@@ -527,6 +528,30 @@ def test_least_sizes(builder, options, frames, height, width):
                 applications.summarize(dynamic, (*less, 3))
 
 
+@pytest.mark.parametrize("data_format", ["channels_last", "channels_first"])
+def test_clips_that_leave_nothing_to_pool(data_format):
+    """A network of unknown sizes says so when it is called: the mean over nothing would be NaN."""
+    options = {"pool_size": (2, 3, 3), "strides": (1, 1, 1), "data_format": data_format, "name": "pool"}
+    layer, function = folded.MaxPooling3D(**options), tf.function(folded.MaxPooling3D(**options))
+    for short in [(1, 3, 3), (2, 2, 3), (2, 3, 2)]:
+        clip = np.zeros((1, 1, *short) if data_format == "channels_first" else (1, *short, 1), "float32")
+        message = "'pool' must have at least 2 frames of height 3 and width 3. Received: inputs.shape="
+        for call in (layer, function):
+            with pytest.raises(ValueError, match=re.escape(f"{message}{clip.shape}")):
+                call(clip)
+    assert folded.MaxPooling3D(**options, padding="same")(clip).shape == clip.shape
+
+
+def test_clips_that_are_too_short_or_too_small():
+    model = C2DResNet11(classes=3)
+    assert np.isfinite(model(np.zeros((1, 2, 13, 13, 3), "float32"))).all()
+    for shape, layer in (((1, 1, 64, 64, 3), "pool2"), ((1, 2, 4, 64, 3), "pool1")):
+        with pytest.raises(ValueError, match=rf"the inputs of '{layer}' must have at least .*Received: inputs\.shape="):
+            model(np.zeros(shape, "float32"))
+    with pytest.raises(ValueError, match=r"`pool_size` must not be larger than the map"):
+        model(np.zeros((1, 2, 12, 13, 3), "float32"))
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -594,6 +619,13 @@ def test_decode_predictions():
         assert second == [(290, "sharpening knives", 1.0), (0, "abseiling", 0.0), (1, "air drumming", 0.0)]
     assert len(decode_predictions(scores)[0]) == 5
     assert decode_predictions(np.ones((1, 2)), top=2, class_names=["a", "b"]) == [[(0, "a", 1.0), (1, "b", 1.0)]]
+
+
+@pytest.mark.parametrize("dtype", ["uint8", "uint64", "bool", "int8", "float16"])
+def test_decode_predictions_of_every_type(dtype):
+    scores = np.array([[0, 1, 1], [1, 0, 0]]).astype(dtype)
+    expected = [[(1, "b", 1.0), (2, "c", 1.0), (0, "a", 0.0)], [(0, "a", 1.0), (1, "b", 0.0), (2, "c", 0.0)]]
+    assert decode_predictions(scores, top=3, class_names="abc") == expected
 
 
 @pytest.mark.parametrize(

@@ -224,6 +224,76 @@ def test_inner_models_that_are_shared_stay_one():
     assert copy.get_layer("outer").get_layer("inner") is copy.get_layer("inner")
 
 
+class Named(keras.Model):
+    """A functional subclass, as backbones are."""
+
+
+@pytest.mark.parametrize("kind", [keras.Model, Named])
+@pytest.mark.parametrize("path", ["inner/conv", "outer/inner/conv"])
+def test_a_block_in_an_inner_model_that_is_shared(kind, path):
+    """Whichever path names it, and whichever place is copied first."""
+    inner = keras.Sequential([keras.Input((5, 3)), layers.Conv1D(3, 1, name="conv")], name="inner")
+    inputs = keras.Input((5, 3))
+    outer = kind(inputs, inner(inputs), name="outer")
+    model = randomise(keras.Model(inputs, outer(inputs) + 2.0 * inner(inputs)))
+    x = example_of(model)
+    copy = insert_non_local(model, [path])
+    assert_equal(outputs_of(copy, x), outputs_of(model, x))
+    shared = copy.get_layer("inner")
+    assert copy.get_layer("outer").get_layer("inner") is shared
+    randomise(shared.get_layer("conv_non_local"))
+    assert not np.allclose(shared(x), inner(x))
+    np.testing.assert_allclose(copy(x), 3.0 * np.asarray(shared(x)), rtol=1e-5)
+    with pytest.raises(ValueError, match=r"each layer once, and has 'outer/inner/conv' twice\. Received: after=\["):
+        insert_non_local(model, ["inner/conv", "outer/inner/conv"])
+
+
+class Nameless(layers.Layer):
+    def get_config(self):
+        return {}
+
+    def call(self, inputs):
+        return inputs + 1.0
+
+
+def test_a_block_after_a_layer_whose_configuration_has_no_name():
+    inputs = keras.Input((5, 3))
+    copy = insert_non_local(keras.Model(inputs, Nameless(name="mine")(inputs)), ["mine"])
+    assert copy.get_layer("mine_non_local").output is copy.outputs[0]
+
+
+class Doubled(keras.Model):
+    def call(self, inputs, training=None, mask=None):
+        return 2.0 * super().call(inputs, training=training)
+
+
+class DoubledSequential(keras.Sequential):
+    def call(self, inputs, training=None, mask=None):
+        return 2.0 * super().call(inputs, training=training)
+
+
+def doubled():
+    inputs = keras.Input((5, 3))
+    return Doubled(inputs, layers.Conv1D(3, 1, name="conv")(inputs), name="doubled")
+
+
+def doubled_sequential():
+    return DoubledSequential([keras.Input((5, 3)), layers.Conv1D(3, 1, name="conv")], name="doubled")
+
+
+@pytest.mark.parametrize("make", [doubled, doubled_sequential])
+def test_a_call_of_its_own(make):
+    """What it does is not in the graph of the layers: it stays, or is refused."""
+    inner, inputs = make(), keras.Input((5, 3))
+    model = randomise(keras.Model(inputs, layers.Conv1D(2, 1, name="last")(inner(inputs))))
+    for refused, path in ((inner, "conv"), (model, "doubled/conv")):
+        with pytest.raises(ValueError, match=r"with a `call` of its own .*\. Received: <Doubled.* name=doubled, "):
+            insert_non_local(refused, [path])
+    x = example_of(model)
+    np.testing.assert_allclose(inner(x), 2.0 * np.asarray(inner.get_layer("conv")(x)), rtol=1e-6)
+    assert type(assert_inserted(model, ["doubled"]).get_layer("doubled")) is type(inner)
+
+
 # State that is not weights alone
 
 
@@ -249,6 +319,24 @@ def test_parts_of_a_layer_stay_frozen(rng):
     flags = [variable.trainable for variable in model.variables]
     assert [variable.trainable for variable in copy.get_layer("attention").variables] == flags
     assert flags.count(False) == 3
+
+
+def test_parts_in_a_list_stay_frozen():
+    inputs = keras.Input((5, 4))
+    recurrent = layers.RNN([layers.GRUCell(3), layers.GRUCell(3)], return_sequences=True, name="recurrent")
+    model = keras.Model(inputs, recurrent(inputs))
+    recurrent.cell.cells[1].trainable = False
+    copy = insert_non_local(model, "recurrent").get_layer("recurrent")
+    assert [cell.trainable for cell in copy.cell.cells] == [True, False]
+    assert copy.trainable and len(copy.trainable_variables) == 3
+
+
+@pytest.mark.parametrize("output_shape", [(5, 3), lambda shape: (*shape[:2], 3)], ids=["shape", "function"])
+def test_functions_keep_the_shape_that_was_given(output_shape):
+    inputs = keras.Input((5, 3))
+    x = layers.Lambda(lambda x: x, output_shape=output_shape, name="same")(inputs)
+    copy = insert_non_local(keras.Model(inputs, x), "same").get_layer("same")
+    assert copy.get_config()["output_shape"] == layers.Lambda(lambda x: x, output_shape).get_config()["output_shape"]
 
 
 @pytest.mark.filterwarnings("ignore:.*unregister")
@@ -423,6 +511,34 @@ def forgetful():
     return keras.Model(inputs, Forgetful(units=2, name="forgetful")(inputs))
 
 
+class Incomplete(layers.Layer):
+    """A layer whose configuration leaves out what it must have."""
+
+    def __init__(self, function, **options):
+        super().__init__(**options)
+        self.function = function
+
+    def call(self, inputs):
+        return self.function(inputs)
+
+    def get_config(self):
+        return {"name": self.name}
+
+
+class WithoutConfiguration(Incomplete):
+    def get_config(self):
+        raise NotImplementedError("no configuration")
+
+
+def incomplete(kind=Incomplete):
+    inputs = keras.Input((5, 3))
+    return keras.Model(inputs, kind(lambda x: x, name="identity")(inputs))
+
+
+def without_configuration():
+    return incomplete(WithoutConfiguration)
+
+
 def two_outputs():
     inputs = keras.Input((5, 4))
     return keras.Model(inputs, layers.LSTM(3, return_state=True, return_sequences=True, name="lstm")(inputs))
@@ -444,14 +560,18 @@ FUNCTIONAL = r"`model` must be a functional Keras model, or a sequential one tha
         (nested, "conv", {}, r"'conv' is none \(near: \['backbone/inner/conv'\]\)\. Received: after=\['conv'\]$"),
         (nested, "backbone/inner/cnv", {}, r"none \(near: \['backbone/inner/conv'"),
         (pyramid, ["image"], {}, r"are no inputs; 'image' is none"),
-        (signal, [3], {}, r"3 is none\. Received: after=\[3\]$"),
-        (signal, ["sum", "first", "sum"], {}, r"each name once\. Received: after=\['sum', 'first', 'sum'\]$"),
+        (signal, [3], {}, r"`after` must be a list of names of layers\. Received: after=\[3\]$"),
+        (signal, None, {}, r"`after` must be a list of names of layers\. Received: after=None$"),
+        (signal, [["sum"]], {}, r"`after` must be a list of names of layers\. Received: after=\[\['sum'\]\]$"),
+        (signal, ["sum", "first", "sum"], {}, r"has 'sum' twice\. Received: after=\['sum', 'first', 'sum'\]$"),
         (volume, ["flatten"], {}, r"one map of .* of 'flatten' is \(None, 576\)\. Received: after=\['flatten'\]$"),
         (two_outputs, ["lstm"], {}, r"of 'lstm' is \(\(None, 5, 3\), \(None, 3\), \(None, 3\)\)\. Received"),
         (nested, ["backbone"], {}, r"of 'backbone' is \[\(None, 6, 6, 4\), \(None, 6, 6, 4\)\]\. Received"),
         (Subclassed, ["first"], {}, FUNCTIONAL),
         (keras.Sequential, ["first"], {}, FUNCTIONAL),
         (forgetful, ["forgetful"], {}, r"`get_config\(\)`; 'forgetful' has .*\(2,\)\)\]\. Received: .*\(1,\)\)\]$"),
+        (incomplete, ["identity"], {}, r"`get_config\(\)`; 'identity' does not \(TypeError\)\. Received: <Incomplete "),
+        (without_configuration, ["identity"], {}, r"'identity' does not \(NotImplementedError\)\. Received: <Without"),
         (signal, ["sum"], {"name": "block"}, r"names of the blocks .* Received: name='block'$"),
         (signal, ["sum"], {"pairwise": "euclid"}, r"Received: pairwise='euclid'"),
         (volume, ["norm"], {"window": (3, None, None)}, r"`window` must divide"),

@@ -8,6 +8,7 @@ import pytest
 
 from keras_nonlocal import applications, layers
 from keras_nonlocal.applications import C2DResNet11, insert_non_local, resnet, summarize
+from keras_nonlocal.applications.summary import PRODUCTS
 from tests.descriptors import summary
 
 SHORT = {"input_shape": (8, 224, 224, 3)}
@@ -19,35 +20,35 @@ def of(name, non_local, clip, **options):
     return summary(getattr(applications, name), name="model", non_local=non_local, **clip, **options)
 
 
-# 400 classes, 224²: millions of parameters, GMACs of 8 frames and of 32.
+# 400 classes, 224²: millions of parameters, GMACs of 8 frames and of 32; then of 8 frames MiB of activations, and the
+# blocks' shares of parameters, GMACs and activations. As README prints them: tests/test_docs.py compares.
 TABLE = [
-    ("C2DResNet50", 0, {}, "24.33", "19.29", "20.23"),
-    ("C2DResNet50", 5, {}, "31.69", "27.42", "28.36"),
-    ("I3DResNet50", 0, {}, "28.04", "28.11", "32.83"),
-    ("I3DResNet50", 5, {}, "35.40", "36.24", "40.96"),
-    ("C2DResNet101", 0, {}, "43.32", "34.14", "35.08"),
-    ("C2DResNet101", 5, {}, "50.68", "42.27", "43.21"),
-    ("I3DResNet101", 0, {}, "51.75", "46.66", "51.38"),
-    ("I3DResNet101", 5, {}, "59.11", "54.79", "59.51"),
-    ("I3DResNet50", 10, {}, "42.76", None, "49.09"),
-    ("I3DResNet101", 0, {"inflation": "3x3x3"}, "63.04", None, "61.86"),
+    ("C2DResNet50", 0, {}, "24.33", "19.29", "20.23", "851", "–"),
+    ("C2DResNet50", 5, {}, "31.69", "27.42", "28.36", "968", "23 / 30 / 12 %"),
+    ("I3DResNet50", 0, {}, "28.04", "28.11", "32.83", "854", "–"),
+    ("I3DResNet50", 5, {}, "35.40", "36.24", "40.96", "971", "21 / 22 / 12 %"),
+    ("I3DResNet50", 10, {}, "42.76", "44.36", "49.09", "1088", "34 / 37 / 22 %"),
+    ("C2DResNet101", 0, {}, "43.32", "34.14", "35.08", "1137", "–"),
+    ("C2DResNet101", 5, {}, "50.68", "42.27", "43.21", "1254", "15 / 19 / 9 %"),
+    ("I3DResNet101", 0, {}, "51.75", "46.66", "51.38", "1140", "–"),
+    ("I3DResNet101", 5, {}, "59.11", "54.79", "59.51", "1257", "12 / 15 / 9 %"),
+    ("I3DResNet101", 0, {"inflation": "3x3x3"}, "63.04", "57.14", "61.86", "1145", "–"),
 ]
 # What no other test of the plain run builds.
-SLOW = [("C2DResNet101", 0, "34.14"), ("I3DResNet101", 0, "46.66"), ("I3DResNet101", 5, "59.51")]
+SLOW = ("34.14", "46.66", "57.14", "59.51")
 CASES = [
     pytest.param(
-        *(name, non_local, options, parameters, clip, macs),
-        marks=[pytest.mark.slow] if (name, non_local, macs) in SLOW else [],
+        *(name, non_local, options, parameters, clip, macs, memory),
+        marks=[pytest.mark.slow] if macs in SLOW else [],
         id=f"{name}-{non_local}-{macs}",
     )
-    for name, non_local, options, parameters, *all_macs in TABLE
-    for clip, macs in zip((SHORT, LONG), all_macs, strict=True)
-    if macs
+    for name, non_local, options, parameters, short, long, *memory in TABLE
+    for clip, macs, memory in ((SHORT, short, memory), (LONG, long, None))
 ]
 
 
-@pytest.mark.parametrize(("name", "non_local", "options", "parameters", "clip", "macs"), CASES)
-def test_sizes(name, non_local, options, parameters, clip, macs):
+@pytest.mark.parametrize(("name", "non_local", "options", "parameters", "clip", "macs", "memory"), CASES)
+def test_sizes(name, non_local, options, parameters, clip, macs, memory):
     model = of(name, non_local, clip, **options)
     sizes = model["sizes"]
     assert f"{sizes.parameters / 1e6:.2f}" == parameters
@@ -56,21 +57,27 @@ def test_sizes(name, non_local, options, parameters, clip, macs):
     assert sizes.not_counted == ()
     blocks = [row for row in sizes.rows if row.kind == "NonLocal3D"]
     assert len(blocks) == non_local
-    assert sizes.non_local_parameters == sum(row.parameters for row in blocks)
-    assert sizes.non_local_macs == sum(row.macs for row in blocks)
+    fields = ("parameters", "macs", "activation_bytes")
+    of_blocks = [sum(getattr(row, field) for row in blocks) for field in fields]
+    assert [getattr(sizes, f"non_local_{field}") for field in fields] == of_blocks
+    if memory is not None:
+        activations, shares = memory
+        assert f"{sizes.activation_bytes / 2**20:.0f}" == activations
+        percent = [f"{100 * part / getattr(sizes, field):.0f}" for part, field in zip(of_blocks, fields, strict=True)]
+        assert (" / ".join(percent) + " %" if blocks else "–") == shares
 
 
 def test_ratios_of_the_paper():
     """Table 2e: parameters and FLOPs relative to C2D ResNet-101, 32 frames."""
     base = of("C2DResNet101", 0, LONG)["sizes"]
     for name, non_local, options, parameters, flops in (
-        ("I3DResNet101", 0, {"inflation": "3x3x3"}, "1.5", "1.8"),
-        ("I3DResNet101", 0, {}, "1.2", "1.5"),
-        ("C2DResNet101", 5, {}, "1.2", "1.2"),
+        ("I3DResNet101", 0, {"inflation": "3x3x3"}, ("1.46", "1.5"), ("1.76", "1.8")),
+        ("I3DResNet101", 0, {}, ("1.19", "1.2"), ("1.46", "1.5")),
+        ("C2DResNet101", 5, {}, ("1.17", "1.2"), ("1.23", "1.2")),
     ):
         sizes = of(name, non_local, LONG, **options)["sizes"]
-        assert f"{sizes.parameters / base.parameters:.1f}" == parameters
-        assert f"{sizes.macs / base.macs:.1f}" == flops
+        for ratio, expected in ((sizes.parameters / base.parameters, parameters), (sizes.macs / base.macs, flops)):
+            assert (f"{ratio:.2f}", f"{ratio:.1f}") == expected  # README's, the paper's
 
 
 @pytest.mark.parametrize(("channels", "expected"), [(512, 526_592), (1024, 2_101_760)])
@@ -180,6 +187,23 @@ def test_blocks_by_hand(name, data_format):
     assert sizes.activation_bytes == sizes.non_local_activation_bytes == 4 * entries
 
 
+@pytest.mark.parametrize("options", [{"pool_size": 2}, {"pairwise": "gaussian"}, {"pairwise": "dot_product"}], ids=str)
+def test_a_block_for_every_frame(options):
+    """The same as a block whose windows are the frames."""
+    inputs = keras.Input((4, 6, 8, 6))
+    wrapped = keras.layers.TimeDistributed(layers.NonLocal2D(**options))
+    frames = summarize(keras.Model(inputs, wrapped(inputs)))
+    if "pool_size" in options:
+        options = {"pool_size": (1, 2, 2)}
+    windows = summarize(keras.Model(inputs, layers.NonLocal3D(window=(1, None, None), **options)(inputs)))
+    fields = [field.name for field in dataclasses.fields(frames) if field.name not in ("name", "rows")]
+    assert [getattr(frames, field) for field in fields] == [getattr(windows, field) for field in fields]
+    assert frames.non_local_activation_bytes == frames.activation_bytes > 0
+    nested = keras.layers.TimeDistributed(wrapped)
+    inputs = keras.Input((3, 4, 6, 8, 6))
+    assert summarize(keras.Model(inputs, nested(inputs))).non_local_macs == 3 * windows.macs
+
+
 # Models
 
 
@@ -247,6 +271,43 @@ def test_what_is_not_counted_is_said():
     assert sizes.rows[0].parameters == 4
 
 
+def vector(x):
+    return x[0, :, 0]
+
+
+KERNEL = np.ones((2, 4, 4), "float32")
+PRODUCT_OF = {
+    "AdditiveAttention": lambda x: keras.layers.AdditiveAttention(use_scale=False)([x, x]),
+    "Attention": lambda x: keras.layers.Attention()([x, x]),
+    "Conv": lambda x: keras.ops.conv(x, KERNEL),
+    "ConvTranspose": lambda x: keras.ops.conv_transpose(x, KERNEL, strides=1),
+    "Correlate": lambda x: keras.ops.correlate(vector(x), vector(x)),
+    "DepthwiseConv": lambda x: keras.ops.depthwise_conv(x, KERNEL),
+    "Dot": lambda x: keras.layers.Dot(1)([x, x]),
+    "DotProductAttention": lambda x: keras.ops.dot_product_attention(*[keras.ops.expand_dims(x, 1)] * 3),
+    "Einsum": lambda x: keras.ops.einsum("bij,bik->bjk", x, x),
+    "Inner": lambda x: keras.ops.inner(vector(x), vector(x)),
+    "Kron": lambda x: keras.ops.kron(x[0], x[0]),
+    "Matmul": lambda x: x @ KERNEL[0],
+    "Outer": lambda x: keras.ops.outer(vector(x), vector(x)),
+    "SeparableConv": lambda x: keras.ops.separable_conv(x, KERNEL[..., :1], KERNEL[:1]),
+    "Tensordot": lambda x: keras.ops.tensordot(x, KERNEL[0], 1),
+    "Vdot": lambda x: keras.ops.vdot(vector(x), vector(x)),
+}
+
+
+@pytest.mark.parametrize("kind", PRODUCT_OF)
+def test_products_are_not_counted_and_said(kind):
+    inputs = keras.Input((5, 4))
+    sizes = summarize(keras.Model(inputs, PRODUCT_OF[kind](inputs)))
+    assert sizes.macs == 0
+    assert sizes.not_counted == tuple(row.name for row in sizes.rows if row.kind == kind) != ()
+
+
+def test_every_product_is_tested():
+    assert sorted(PRODUCT_OF) == sorted(PRODUCTS)
+
+
 def test_table():
     lines = str(summarize(C2DResNet11(classes=5, input_shape=(8, 64, 64, 3)))).splitlines()
     assert [line.split()[0] for line in lines] == ["c2d_resnet11", "parameters,", "multiply-adds,", "activations,"]
@@ -268,6 +329,10 @@ class Subclassed(keras.Model):
         (C2DResNet11, None, r"the model takes \(None, None, None, 3\)\. Received: input_shape=None$"),
         (C2DResNet11, (8, 64, None, 3), r"`input_shape` must give all sizes .*input_shape=\(8, 64, None, 3\)$"),
         (C2DResNet11, (64, 64, 3), r"`input_shape` must give .*Received: input_shape=\(64, 64, 3\)$"),
+        (C2DResNet11, 8, r"the model takes \(None, None, None, 3\)\. Received: input_shape=8$"),
+        (C2DResNet11, (8, 64, 64.0, 3), r"`input_shape` must give .*input_shape=\(8, 64, 64\.0, 3\)$"),
+        (C2DResNet11, (8, 0, 64, 3), r"`input_shape` must give .*input_shape=\(8, 0, 64, 3\)$"),
+        (C2DResNet11, [8, (64, 64, 3)], r"`input_shape` must give .*input_shape=\[8, \(64, 64, 3\)\]$"),
         (C2DResNet11, [(8, 64, 64, 3)] * 2, r"`input_shape` must give .*Received: input_shape=\[\(8, "),
     ],
 )

@@ -43,6 +43,7 @@ class MaxPooling3D(keras.layers.MaxPooling3D):
     """`keras.layers.MaxPooling3D`, in 2-D: over the frames first, then over time."""
 
     def call(self, inputs):
+        self._check_sizes(inputs.shape)
         if self.data_format == "channels_first":
             return super().call(inputs)
         x = inputs
@@ -54,6 +55,17 @@ class MaxPooling3D(keras.layers.MaxPooling3D):
             x = self._pool(x, (self.pool_size[0], 1), (self.strides[0], 1))
             x = ops.reshape(x, (batch, ops.shape(x)[1], height, width, channels))
         return x
+
+    def _check_sizes(self, shape):
+        """Refuses what would leave nothing: a mean over it is NaN, and no error."""
+        sizes = shape[2:] if self.data_format == "channels_first" else shape[1:-1]
+        too_small = any(size is not None and size < least for size, least in zip(sizes, self.pool_size, strict=True))
+        if self.padding == "valid" and too_small:
+            frames, height, width = self.pool_size
+            raise ValueError(
+                f"Clips are too short or too small: the inputs of {self.name!r} must have at least {frames} frames of "
+                f"height {height} and width {width}. Received: inputs.shape={tuple(shape)}"
+            )
 
     def _pool(self, images, pool_size, strides):
         return ops.max_pool(images, pool_size, strides, self.padding, data_format="channels_last")

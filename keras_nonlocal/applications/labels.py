@@ -50,6 +50,7 @@ def decode_predictions(predictions, top=5, class_names=None):
         )
     if not is_integer(top, 1) or top > len(class_names):
         raise ValueError(f"`top` must be an integer from 1 to {len(class_names)}. Received: top={top!r}")
+    scores = scores.astype("float64")  # unsigned integers have no negatives
     order = np.argsort(-scores, axis=1, kind="stable")[:, :top]
     return [
         [(int(index), class_names[index], float(row[index])) for index in indices]

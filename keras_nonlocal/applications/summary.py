@@ -6,6 +6,7 @@ import math
 import keras
 
 from keras_nonlocal import layers, ops
+from keras_nonlocal.applications.resnet import is_integer
 
 NON_LOCAL = (layers.NonLocal1D, layers.NonLocal2D, layers.NonLocal3D)
 # What follows the data or an optimizer and is no parameter: of batch normalization.
@@ -119,9 +120,9 @@ def summarize(model, input_shape=None):
     if input_shape is None:
         shapes = [tuple(x.shape[1:]) for x in own]
     else:
-        several = len(own) > 1 or (len(input_shape) and isinstance(input_shape[0], (tuple, list)))
-        shapes = [tuple(shape) for shape in (input_shape if several else [input_shape])]
-    if [len(shape) for shape in shapes] != [len(x.shape) - 1 for x in own] or any(None in shape for shape in shapes):
+        several = isinstance(input_shape, (tuple, list)) and any(isinstance(x, (tuple, list)) for x in input_shape)
+        shapes = list(input_shape) if several else [input_shape]
+    if not _are_known(shapes, [len(x.shape) - 1 for x in own]):
         raise ValueError(
             "`input_shape` must give all sizes of the model's input without the batch; the model takes "
             f"{', '.join(str(tuple(x.shape[1:])) for x in own)}. Received: input_shape={input_shape!r}"
@@ -147,7 +148,7 @@ def summarize(model, input_shape=None):
                 activation_bytes=4 * (sum(map(_size, outputs)) + _inner_activations(layer, inputs)),
             )
         )
-        if isinstance(layer, NON_LOCAL):
+        if _is_non_local(layer):
             blocks.append(rows[-1])
     totals = {
         prefix + field: sum(getattr(row, field) for row in of)
@@ -155,6 +156,13 @@ def summarize(model, input_shape=None):
         for field in ("parameters", "macs", "activation_bytes")
     }
     return Summary(model.name, **totals, rows=tuple(rows), not_counted=tuple(not_counted))
+
+
+def _are_known(shapes, ranks):
+    return len(shapes) == len(ranks) and all(
+        isinstance(shape, (tuple, list)) and len(shape) == rank and all(is_integer(size, 1) for size in shape)
+        for shape, rank in zip(shapes, ranks, strict=True)
+    )
 
 
 class _Probe(keras.Operation):
@@ -197,6 +205,12 @@ def _is_graph(layer):
     return isinstance(layer, keras.Model) and (
         hasattr(layer, "operations") or (isinstance(layer, keras.Sequential) and layer.built)
     )
+
+
+def _is_non_local(layer):
+    if isinstance(layer, keras.layers.TimeDistributed):
+        return _is_non_local(layer.layer)
+    return isinstance(layer, NON_LOCAL)
 
 
 def _size(shape):
@@ -342,7 +356,24 @@ COUNTS = (
     ),
 )
 # Layers and operations without weights that multiply and add all the same.
-PRODUCTS = ("AdditiveAttention", "Attention", "Conv", "Dot", "Einsum", "Matmul", "Tensordot")
+PRODUCTS = (
+    "AdditiveAttention",
+    "Attention",
+    "Conv",
+    "ConvTranspose",
+    "Correlate",
+    "DepthwiseConv",
+    "Dot",
+    "DotProductAttention",
+    "Einsum",
+    "Inner",
+    "Kron",
+    "Matmul",
+    "Outer",
+    "SeparableConv",
+    "Tensordot",
+    "Vdot",
+)
 
 
 # Activations inside of layers
@@ -350,6 +381,9 @@ PRODUCTS = ("AdditiveAttention", "Attention", "Conv", "Dot", "Einsum", "Matmul",
 
 def _inner_activations(layer, inputs):
     """Entries inside of a non-local block; of other layers only the outputs count."""
+    if isinstance(layer, keras.layers.TimeDistributed):
+        batch, steps, *one = inputs[0]
+        return steps * _inner_activations(layer.layer, [(batch, *one)])
     if not isinstance(layer, NON_LOCAL):
         return 0
     block = _Block.of(layer, inputs[0])

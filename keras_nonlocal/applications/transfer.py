@@ -5,6 +5,7 @@ Shape letters: T, H, W the sizes of a kernel; I input channels, O output channel
 
 import difflib
 import tempfile
+from collections.abc import Iterable
 
 import keras
 import numpy as np
@@ -32,8 +33,9 @@ def insert_non_local(model, after, **options):
             as for saving.
         after: Names of the layers after which a block shall stand, each once. Their outputs must be
             `(batch, steps, channels)`, `(batch, height, width, channels)` or `(batch, time, height, width, channels)`,
-            or channels first. A layer inside of a model in the model is `"inner_model/layer"`. Operations such as
-            `x + y` have names too; `model.summary()` prints them.
+            or channels first. A layer inside of a model in the model is `"inner_model/layer"`; if that model stands in
+            several places, the block does too. Operations such as `x + y` have names too; `model.summary()` prints
+            them.
         **options: Arguments of `NonLocal1D`, `NonLocal2D` or `NonLocal3D`, except `name`. By default, `data_format` is
             that of the layer, or of all others, and `dtype` keeps the precision of the layer's output.
 
@@ -42,9 +44,9 @@ def insert_non_local(model, after, **options):
         called several times shares its block.
 
     Raises:
-        ValueError: if `model` is not functional or does not come back from its configuration; if it has no layer of
-            such a name, or one whose output is no such map; if a name comes twice, or that of a block is taken; if the
-            model's layers do not agree on a `data_format`.
+        ValueError: if `model` is not functional, has a `call` of its own or does not come back from its configuration;
+            if it has no layer of such a name, or one whose output is no such map; if a name comes twice, or that of a
+            block is taken; if the model's layers do not agree on a `data_format`.
 
     Reference:
         [Non-local Neural Networks](https://arxiv.org/abs/1711.07971), section 3.3: "we can insert a new non-local
@@ -59,15 +61,17 @@ def insert_non_local(model, after, **options):
     >>> new.get_layer("conv_non_local").pool_size
     (2, 2)
     """
-    after = [after] if isinstance(after, str) else list(after)
+    if isinstance(after, Iterable):
+        after = [after] if isinstance(after, str) else list(after)
+    if not isinstance(after, list) or not all(isinstance(path, str) for path in after):
+        raise ValueError(f"`after` must be a list of names of layers. Received: after={after!r}")
     if not _is_functional(model):
         raise ValueError(
             f"`model` must be a functional Keras model, or a sequential one that is built. Received: model={model!r}"
         )
     if "name" in options:
         raise ValueError(f"The names of the blocks come from the layers'. Received: name={options['name']!r}")
-    _check_names(model, after)
-    insertion = _Insertion(after, options)
+    insertion = _Insertion(after, _find_places(model, after), options)
     new = insertion.copy_model(model)
     for original, copy in insertion.copied:
         _copy_state(original, copy)
@@ -77,60 +81,68 @@ def insert_non_local(model, after, **options):
 class _Insertion:
     """Copies a model with its inner models, and puts the blocks in."""
 
-    def __init__(self, after, options):
+    def __init__(self, after, places, options):
         self.after = after
+        self.places, self.opened = places
         self.options = options
         self.copies = {}  # by the original's id, over all inner models: what stands in two places stays one
+        self.names = {}  # of the originals, by the copy's id: not every configuration has the name
         self.copied = []  # pairs whose state is to be copied, once the copies are built
 
-    def copy_model(self, model, prefix=""):
-        model = _graph(model)
+    def copy_model(self, model):
+        graph = _graph(model)
+        plain = keras.Sequential if isinstance(model, keras.Sequential) else type(graph)
+        if type(model).call is not plain.call:
+            raise ValueError(
+                "A model with a `call` of its own does not come back from its layers; if these do all that is wanted, "
+                f"insert into `keras.Model(model.input, model.output)`. Received: {model!r}"
+            )
         blocks = {}
 
         def call(operation, *args, **kwargs):
-            outputs = operation(*args, **kwargs)
-            if prefix + operation.name not in self.after:
+            outputs, name = operation(*args, **kwargs), self.names[id(operation)]
+            if (id(model), name) not in self.places:
                 return outputs
-            if operation.name not in blocks:  # what is called twice shares its block
-                blocks[operation.name] = self.block(model, operation, outputs)
-            return blocks[operation.name](outputs)
+            if name not in blocks:  # what is called twice shares its block
+                blocks[name] = self.block(graph, operation, name, outputs)
+            return blocks[name](outputs)
 
         # Keras' own copies of the inputs lose their names, and whether they are optional.
-        inputs = {id(layer.output): layer for layer in model.layers if isinstance(layer, keras.layers.InputLayer)}
+        inputs = {id(layer.output): layer for layer in graph.layers if isinstance(layer, keras.layers.InputLayer)}
         return keras.models.clone_model(
-            model,
-            input_tensors=keras.tree.map_structure(lambda x: _copy_layer(inputs[id(x)]).output, model.input),
-            clone_function=lambda operation: self.copy_operation(operation, prefix),
+            graph,
+            input_tensors=keras.tree.map_structure(lambda x: _copy_layer(inputs[id(x)]).output, graph.input),
+            clone_function=self.copy_operation,
             call_function=call,
         )
 
-    def copy_operation(self, operation, prefix):
+    def copy_operation(self, operation):
         if id(operation) not in self.copies:
-            path = f"{prefix}{operation.name}/"
             plain = _is_functional(operation) and type(operation) in (keras.Sequential, type(_graph(operation)))
-            if plain or any(name.startswith(path) for name in self.after):
-                copy = self.copy_model(operation, path)
+            if plain or id(operation) in self.opened:
+                copy = self.copy_model(operation)
             else:
                 copy = _copy_layer(operation)
                 if isinstance(operation, keras.layers.Layer):  # other operations have no state
                     self.copied.append((operation, copy))
             self.copies[id(operation)] = copy
+            self.names[id(copy)] = operation.name
         return self.copies[id(operation)]
 
-    def block(self, model, operation, outputs):
+    def block(self, model, operation, name, outputs):
         shape = getattr(outputs, "shape", None)
         if shape is None or len(shape) not in _BY_RANK:
             shapes = keras.tree.map_structure(lambda x: x.shape, outputs)
             raise ValueError(
                 "`after` must name layers whose output is one map of 1 to 3 dimensions of positions and channels; that "
-                f"of {operation.name!r} is {shapes}. Received: after={self.after!r}"
+                f"of {name!r} is {shapes}. Received: after={self.after!r}"
             )
         # Another precision than that of the layer's output would become that of what follows.
         dtype = _POLICIES.get(outputs.dtype, outputs.dtype)
         options = {"dtype": dtype} | self.options
         if options.get("data_format") is None:
-            options["data_format"] = _data_format(model, operation)
-        return _BY_RANK[len(shape)](**options, name=_block_name(operation.name))
+            options["data_format"] = _data_format(model, operation, name)
+        return _BY_RANK[len(shape)](**options, name=_block_name(name))
 
 
 def _is_functional(model):
@@ -152,44 +164,52 @@ def _block_name(name):
     return f"{name}_non_local"
 
 
-def _paths(model, prefix=""):
-    """All names that `after` can hold, with all names in the same model."""
-    operations = _graph(model).operations
-    names = [x.name for x in operations if not isinstance(x, keras.layers.InputLayer)]
-    paths = {prefix + name: names for name in names}
+def _places(model, outer=(), prefix=""):
+    """All that `after` can name: path → the models that it stands in, from the outermost to its own, and the name."""
+    operations = [x for x in _graph(model).operations if not isinstance(x, keras.layers.InputLayer)]
+    models = (*outer, model)
+    places = {prefix + operation.name: (models, operation.name) for operation in operations}
     for operation in operations:
         if _is_functional(operation):
-            paths |= _paths(operation, f"{prefix}{operation.name}/")
-    return paths
+            places |= _places(operation, models, f"{prefix}{operation.name}/")
+    return places
 
 
-def _check_names(model, after):
-    paths = _paths(model)
+def _find_places(model, after):
+    """Where blocks shall stand, `(id of the model, name)`, and the ids of the models that hold one.
+
+    By id and not by path, as a model that stands in several places has several.
+    """
+    places = {path: (models, (id(models[-1]), name)) for path, (models, name) in _places(model).items()}
+    names = {place for _, place in places.values()}
+    wanted = set()
     for path in after:
-        if path not in paths:
-            inner = [known for known in paths if known.endswith(f"/{path}")]
-            near = inner or difflib.get_close_matches(str(path), paths)
+        if path not in places:
+            inner = [known for known in places if known.endswith(f"/{path}")]
+            near = inner or difflib.get_close_matches(path, places)
             raise ValueError(
                 f"`after` must hold names of layers of the model {model.name!r} that are no inputs; {path!r} is none"
                 f"{f' (near: {near})' if near else ''}. Received: after={after!r}"
             )
-        if after.count(path) > 1:
-            raise ValueError(f"`after` must hold each name once. Received: after={after!r}")
-        block = _block_name(path.rpartition("/")[-1])
-        if block in paths[path]:
+        owner, name = place = places[path][1]
+        if place in wanted:
+            raise ValueError(f"`after` must hold each layer once, and has {path!r} twice. Received: after={after!r}")
+        if (owner, _block_name(name)) in names:
             raise ValueError(
-                f"`after` must hold no name that has its block already; to put one more behind {block!r}, name that. "
-                f"Received: after={after!r}"
+                "`after` must hold no name that has its block already; to put one more behind "
+                f"{_block_name(name)!r}, name that. Received: after={after!r}"
             )
+        wanted.add(place)
+    return wanted, {id(holder) for models, place in places.values() if place in wanted for holder in models}
 
 
-def _data_format(model, operation):
+def _data_format(model, operation, name):
     """The data format of an operation's output."""
     own = getattr(operation, "data_format", None)
     formats = {own} if own else {getattr(layer, "data_format", None) for layer in model.layers} - {None}
     if len(formats) > 1:
         raise ValueError(
-            f"`data_format` must be given, as the layers of {model.name!r} have different ones and {operation.name!r} "
+            f"`data_format` must be given, as the layers of {model.name!r} have different ones and {name!r} "
             "has none. Received: data_format=None"
         )
     return formats.pop() if formats else None
@@ -201,14 +221,20 @@ def _copy_layer(layer):
         # Its configuration has the function as bytes, which Keras refuses to run: they could be from anywhere.
         return keras.layers.Lambda(
             layer.function,
-            output_shape=layer._output_shape,
+            output_shape=layer._output_shape,  # Keras has no public name for it
             mask=layer.mask,
             arguments=layer.arguments,
             name=layer.name,
             trainable=layer.trainable,
             dtype=layer.dtype_policy,
         )
-    return type(layer).from_config(layer.get_config())
+    try:
+        return type(layer).from_config(layer.get_config())
+    except Exception as error:  # whatever it is that their code raises
+        raise ValueError(
+            "The layers of `model` must come back from their configuration, `get_config()`; "
+            f"{layer.name!r} does not ({type(error).__name__}). Received: {layer!r}"
+        ) from error
 
 
 def _copy_state(original, copy):
@@ -220,18 +246,32 @@ def _copy_state(original, copy):
             f"variables {[(variable.path, tuple(variable.shape)) for variable in variables]}. Received: "
             f"{[(variable.path, tuple(variable.shape)) for variable in copies]}"
         )
-    for part, part_copy in zip(original._flatten_layers(), copy._flatten_layers(), strict=True):
+    parts = list(zip(_parts(original), _parts(copy), strict=True))
+    for part, part_copy in parts:
         part_copy.trainable = part.trainable  # of outer layers first: it passes to the inner ones
     for variable, variable_copy in zip(variables, copies, strict=True):
         variable_copy.assign(variable)
         variable_copy.trainable = variable.trainable
-    for part, part_copy in zip(original._flatten_layers(), copy._flatten_layers(), strict=True):
+    for part, part_copy in parts:
         if hasattr(part, "save_assets"):  # vocabularies
             with tempfile.TemporaryDirectory() as folder:
                 part.save_assets(folder)
                 part_copy.load_assets(folder)
         elif hasattr(part, "finalize_state"):  # `Normalization` computes with what it derives from its variables
             part_copy.finalize_state()
+
+
+def _parts(layer):
+    """The layer and all layers in it, outer ones first."""
+    parts = {}  # by id: some stand in several attributes
+    waiting = [layer]
+    while waiting:
+        part = waiting.pop(0)
+        if id(part) not in parts:
+            parts[id(part)] = part
+            attributes = part.layers if isinstance(part, keras.Model) else list(vars(part).values())
+            waiting += [x for x in keras.tree.flatten(attributes) if isinstance(x, keras.layers.Layer)]
+    return list(parts.values())
 
 
 def inflate_weights(image_model, video_model, method="average"):
