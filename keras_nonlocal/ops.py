@@ -26,7 +26,7 @@ import keras
 from keras import ops
 
 # Scores of one sample that "auto" holds whole (float32: 64 MiB); of more, it holds a quarter of that at a time.
-# Chunks are computed twice in training, which takes about a tenth longer.
+# Chunks are computed twice in training, which takes a tenth to a third longer.
 AUTO_MAX_SCORES = 2**24
 # Rows that prefix sums take at once.
 PREFIX_BLOCK = 32
