@@ -116,7 +116,8 @@ def _window_attention(x, mask, weights, pairwise, pool_size, scale, pool_after_p
     phi, valid = keys_of(x, mask, weights, "phi", pool_size, pool_after_projection)
     g, _ = keys_of(x, mask, weights, "g", pool_size, pool_after_projection)
     key_sizes = valid.shape[1:]
-    phi, g, valid = (keys.reshape(len(x), valid[0].size, *keys.shape[x.ndim - 1 :]) for keys in (phi, g, valid))
+    num_keys = math.prod(key_sizes)
+    phi, g, valid = (keys.reshape(len(x), num_keys, *keys.shape[x.ndim - 1 :]) for keys in (phi, g, valid))
     queries = x.reshape(len(x), math.prod(x.shape[1:-1]), x.shape[-1])
     theta = dense(queries, weights["theta"]) if "theta" in weights else queries
     return attention(theta, phi, pairwise, weights.get("score_kernel"), scale, valid), g, key_sizes
