@@ -83,7 +83,7 @@ def _train(args):
             input_shape=(args.num_frames, None, None, 3),  # other sizes may be tested than trained on
             classes=len(class_names),
             weights=args.weights,
-            new_head=True,  # whatever it was trained on, these are other classes
+            new_head=args.new_head,
             **options,
         )
         # Symbolically, before any video is read: a crop may be too small for the network.
@@ -432,6 +432,7 @@ def _parser():
     train.add_argument("--non-local", type=int, metavar="N", help="non-local blocks (default: the network's)")
     train.add_argument("--pairwise", choices=PAIRWISE, help="pairwise function (default: embedded_gaussian)")
     train.add_argument("--weights", metavar="PATH", help="weights to start from: a file of Keras or of another project")
+    train.add_argument("--new-head", action="store_true", help="new head, as the weights are of other classes")
     _sizes(train, num_frames=8, frame_stride=8, image_size=224)
     train.add_argument(
         "--shorter-side",

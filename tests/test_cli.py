@@ -193,6 +193,16 @@ def test_train_builds_the_network_asked_for(videos, tmp_path, untrained):
     assert model.get_layer("conv1").kernel.shape[0] == 5
 
 
+def test_train_starts_a_new_head(trained, videos, tmp_path, untrained):
+    """Of the same classes, so that only the flag tells."""
+    out = tmp_path / "a.keras"
+    assert main(["train", str(videos), "--out", str(out), *TRAIN, "--weights", str(trained), "--new-head"]) == 0
+    before, after = keras.saving.load_model(trained), keras.saving.load_model(out)
+    for a, b in zip(before.weights, after.weights, strict=True):
+        same = np.array_equal(a, b)
+        assert same != a.path.startswith("pred/"), a.path
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -214,7 +224,11 @@ def test_train_builds_the_network_asked_for(videos, tmp_path, untrained):
         (["train", "@DATA", "--out", "@OUT", *TRAIN, "--weights", "no.keras"], "Received: weights='no.keras'"),
         (
             ["train", "@DATA", "--out", "@OUT", *TRAIN, "--weights", "@TEXT"],
-            "must be a file that Keras wrote (File is not a zip file). Received: weights='@TEXT'",
+            "`weights` must be a file of weights. The file must be a Caffe2 pickle, a torch file, safetensors",
+        ),
+        (
+            ["train", "@OTHER", "--out", "@OUT", *TRAIN, "--weights", "@MODEL"],
+            "`new_head=True` (`--new-head`) takes a file of other classes. Received: pred/bias (3,) of the model",
         ),
         (["evaluate", "@MODEL", "missing"], "`directory` must be an existing directory"),
         (["evaluate", "@MODEL", "@DATA", "--num-frames", "8"], "takes clips of 4 frames. Received: --num-frames 8"),

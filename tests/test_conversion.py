@@ -148,7 +148,7 @@ def test_any_length(tmp_path, rng, source):
         I3DResNet11(**options, non_local_options={3: {"window": window}}) for window in (None, (4, None, None))
     )
     np.testing.assert_allclose(predict(one_group, clip), predict(whole, clip), rtol=1e-5)
-    assert np.abs(predict(groups, clip) - predict(whole, clip)).max() > 1e-4
+    assert not np.allclose(predict(groups, clip), predict(whole, clip), rtol=1e-3, atol=0)
 
 
 def test_blocks_that_the_file_lacks_start_as_the_identity(tmp_path, clip):

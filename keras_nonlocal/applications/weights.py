@@ -72,8 +72,10 @@ def fill(model, checkpoint, new_head=False):
             inflated.append(path)
         planned[path] = value
     if mismatches:
+        other_classes = all(map(is_of_head, mismatches))
+        hint = "`new_head=True` (`--new-head`) takes a file of other classes. " if other_classes else ""
         raise ValueError(
-            f"The weights of {model.name!r} must have the shapes of those in the {checkpoint.format} file. "
+            f"The weights of {model.name!r} must have the shapes of those in the {checkpoint.format} file. {hint}"
             f"Received: {'; '.join(sorted(mismatches))}"
         )
     if not planned:
