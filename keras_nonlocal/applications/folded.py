@@ -1,7 +1,9 @@
 """3-D convolution and pooling of single frames, computed in 2-D.
 
 Same weights, names and results as the Keras layers that they subclass. A kernel of `(1, k, k)` sees one frame at a
-time, so the frames can be folded into the batch: faster than a 3-D kernel on CPUs, and the only form that LiteRT runs.
+time, so the frames can be folded into the batch. On a CPU that takes 0.9 to 1.0 of the time of a 3-D kernel, 0.5 to 0.9
+under XLA (benchmarks/results/convolutions.md), and it is the only form that LiteRT runs. On GPUs it was not measured;
+cuDNN has more and faster algorithms for 2-D kernels, and folding `B T H W C` moves no memory.
 
 Shape letters: B batch, T time, H height, W width, C channels.
 """
