@@ -19,7 +19,6 @@ from tests.release_twin import ReleaseTwin, positions, random_blobs, random_clip
 
 TOLERANCE = 1e-4
 SMALL = (8, 64, 64, 3)
-EIGHT = (8, 224, 224, 3)
 
 
 @pytest.fixture(autouse=True)
@@ -70,17 +69,9 @@ def test_parity_of_small_clips(tmp_path, depth, inflated, non_local, affine):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("shape", [(8, 224, 224, 3), (32, 224, 224, 3), (8, 256, 320, 3)], ids=str)
 @pytest.mark.parametrize(("depth", "inflated", "non_local", "affine"), cases([50, 101], [0, 5, 10]))
-def test_parity(tmp_path, depth, inflated, non_local, affine):
-    assert_parity(tmp_path / "release.pkl", depth, inflated, non_local, affine, EIGHT)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("shape", [(32, 224, 224, 3), (8, 256, 320, 3)], ids=str)
-@pytest.mark.parametrize(
-    ("depth", "inflated", "non_local", "affine"), [case for case in cases([50, 101], [5]) if not case.values[-1]]
-)
-def test_parity_of_other_sizes(tmp_path, depth, inflated, non_local, affine, shape):
+def test_parity(tmp_path, depth, inflated, non_local, affine, shape):
     assert_parity(tmp_path / "release.pkl", depth, inflated, non_local, affine, shape)
 
 
