@@ -3,10 +3,42 @@
 Shape letters: V views (clips x crops), T frames, H and W height and width, C = 3 colours.
 """
 
+import dataclasses
+
 import numpy as np
 
 from .decode import VideoReader
 from .sampling import random_crop_offset, training_indices, view_crop_offsets, view_indices
+
+
+@dataclasses.dataclass(frozen=True)
+class ClipOptions:
+    """What is taken of a video: the arguments of `video_dataset_from_directory`, checked and filled in.
+
+    Attributes:
+        num_frames: Integer T, the frames of a clip.
+        frame_stride: Integer, the step from one frame of a clip to the next.
+        shorter_side: Pair `(low, high)` of integers between which the frames' shorter side is drawn, both ends
+            included; equal ends with `views`.
+        image_size: Pair `(height, width)` of the crops, or `None` for whole frames.
+        horizontal_flip: Whether to mirror every second clip.
+        views: `None` for one random clip, or a pair `(num_clips, num_crops)`.
+        sampling: A row of the samplers' table in `sampling.py`.
+    """
+
+    num_frames: int
+    frame_stride: int
+    shorter_side: tuple
+    image_size: tuple | None
+    horizontal_flip: bool
+    views: tuple | None
+    sampling: str
+
+    @property
+    def shape(self):
+        """The static shape of what is taken, `None` where it depends on the video."""
+        clip = (self.num_frames, *(self.image_size or (None, None)), 3)
+        return clip if self.views is None else (self.views[0] * self.views[1], *clip)
 
 
 def load_training_clip(path, num_frames, frame_stride, shorter_side, image_size, horizontal_flip, rng):
