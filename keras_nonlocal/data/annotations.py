@@ -488,7 +488,7 @@ def _raise_no_videos(where, directory):
 
 def _guess_format(path):
     with open(path, encoding="utf-8-sig", errors="replace") as file:
-        lines = [line.strip() for line in itertools.islice(file, 20) if line.strip()]
+        lines = [line.strip()[:10_000] for line in itertools.islice(file, 20) if line.strip()]
     for name, candidate in FORMATS.items():
         if candidate.fits(lines, path):
             return name

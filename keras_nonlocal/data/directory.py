@@ -403,11 +403,13 @@ def _check_only_shards(**arguments):
 def _shard_videos(index, labels, class_names):
     """The videos of shards as `Annotations`, and the numbers of those that have one of the classes."""
     paths, everything = tuple(index.paths), np.arange(len(index.paths))
-    if labels is None or index.labels is None:
-        if labels is not None or class_names is not None:
+    if labels is not None and index.labels is None:
+        raise ValueError(f"These shards have no labels: pass `labels=None`. Received: labels={labels!r}")
+    if labels is None:
+        if class_names is not None:
             raise ValueError(
-                "The shards must hold labels, or `labels=None` be passed. "
-                f"Received: labels={labels!r}, class_names={class_names}"
+                '`class_names` can only be passed with `labels="inferred"`. '
+                f"Received: labels=None, class_names={class_names}"
             )
         return Annotations(paths, None, None), everything
     if labels != "inferred":
