@@ -97,9 +97,9 @@ c,unknown,0,10,train
     assert disk.names(result) == ["good.mp4"] and result.class_names == ("a", "b")
     expected = {
         3: "the times must be whole seconds. Received: time_start='zero', time_end='10'",
+        4: "there is no label. Received: label=''",
         5: "the column 'time_start' is missing. Received: row={'label': 'a', 'youtube_id': 'short'}",
         6: "the column 'youtube_id' is empty.",
-        4: "there is no label. Received: label=''",
         7: "Received: video='missing_000000_000010'",
         8: "the video is in line 2 too. Received: video='good_000000_000010'",
         9: "the label must be one of the 2 classes. Received: label='c'",
@@ -168,9 +168,9 @@ def test_ucf101(disk):
     assert [message.split("line ")[1] for message in result.skipped] == [
         "2: the label must be in [1, 3]. Received: label=0",
         "3: the label must be in [1, 3]. Received: label=4",
+        "4: the label must be one of the 3 classes. Received: label='Climbing'",
         "5: the label must be an integer. Received: label='two'",
         "6: expected `Class/video.avi`. Received: row='v_loose.avi'",
-        "4: the label must be one of the 3 classes. Received: label='Climbing'",
     ]
     disk.write("classInd.txt", "1 Archery\n3 YoYo\n")
     with pytest.raises(ValueError, match=r"Line 2 of .*classInd\.txt must be `2 name`\. Received: line='3 YoYo'"):

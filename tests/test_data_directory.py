@@ -373,9 +373,11 @@ def test_workers_share_every_pass(levels):
     datasets = []
     for index in range(3):
         tf.random.set_seed(index)  # each worker's own: the shares depend on `seed` alone
-        datasets.append(video_dataset_from_directory(levels, shard=(3, index), on_error="raise", seed=5, **SMALL))
+        datasets.append(
+            video_dataset_from_directory(levels, shard=(3, index), on_error="raise", seed=5, batch_size=1, **SMALL)
+        )
     tf.random.set_seed(0)
-    assert [int(dataset.unbatch().cardinality()) for dataset in datasets] == [14, 13, 13]
+    assert [int(dataset.cardinality()) for dataset in datasets] == [14, 13, 13]
     passes = []
     for _ in range(2):
         shares = [read_greys(collect(dataset)[0][:, 0]) for dataset in datasets]
@@ -430,7 +432,7 @@ def test_clips_in_memory_are_bounded(levels, monkeypatch):
     while len(loaded) > before:  # until nothing more is decoded ahead
         before = len(loaded)
         time.sleep(1)
-    assert 2 + 2 * 2 <= before <= 2 + 3 * 2 + 3  # the batch that was taken, three more, three clips
+    assert 2 + 2 * 2 <= before <= 2 + 3 * 2 + 3 + 1  # the batch that was taken, and what the documentation says
 
 
 @pytest.fixture(scope="module")
@@ -628,7 +630,7 @@ def test_guards(levels, arguments, message):
 @pytest.mark.parametrize(
     "arguments, message",
     [
-        ({"annotations": "list.txt"}, r"`annotations` cannot be .* labels\. Received: annotations=list.txt"),
+        ({"annotations": "list.txt"}, r"`annotations` cannot be .* labels\. Received: annotations='list.txt'"),
         ({"labels": [1]}, r'must be "inferred" or None with shards'),
         ({"class_names": ["a", "c"]}, r"which have \['a', 'b'\]\. Received: class_names=\['a', 'c'\]"),
         ({"class_names": ["a"], "labels": None}, r"Received: labels=None, class_names=\['a'\]"),

@@ -516,12 +516,16 @@ def _read(source, chosen_format, split, labels, on_error):
         try:
             rows.append((place, chosen_format.parse(source, raw)))
         except WrongRow as error:
-            skip(place, error)
-    class_names = source.class_names or source.classes or _classes_seen(row.label for _, row in rows)
+            rows.append((place, error))
+    good_rows = [row for _, row in rows if isinstance(row, Row)]
+    class_names = source.class_names or source.classes or _classes_seen(good_rows)
     numbers = {name: number for number, name in enumerate(class_names)}
 
     paths, found_labels, first_places = [], [], {}
     for place, row in rows:
+        if isinstance(row, WrongRow):
+            skip(place, row)
+            continue
         if split is not None and row.split not in SPLITS[split]:
             continue
         try:
@@ -540,7 +544,7 @@ def _read(source, chosen_format, split, labels, on_error):
     if not paths:
         if source.path is None:
             _raise_no_videos(f"in the sub-directories {list(class_names)} of", source.directory)
-        splits = sorted({str(row.split) for _, row in rows})
+        splits = sorted({str(row.split) for row in good_rows})
         raise ValueError(
             f"No row of the annotations can be used: {len(skipped)} are wrong"
             + (f", the first: {skipped[0]}" if skipped else "")
@@ -557,9 +561,10 @@ def _read(source, chosen_format, split, labels, on_error):
     return Annotations(tuple(paths), hot, tuple(class_names), skipped)
 
 
-def _classes_seen(labels):
+def _classes_seen(rows):
     """The labels of all rows, whether their videos are there or not, in order."""
-    labels = set(itertools.chain.from_iterable(x if isinstance(x, tuple) else (x,) for x in labels)) - {None}
+    labels = {label for row in rows for label in (row.label if isinstance(row.label, tuple) else (row.label,))}
+    labels.discard(None)
     if all(isinstance(label, int) for label in labels):
         return [str(number) for number in range(max(labels, default=-1) + 1)]
     return sorted(labels)

@@ -138,7 +138,7 @@ def video_dataset_from_directory(
     given `seed` the clips are the same in each run, however many are decoded in parallel.
 
     Of the clips, no more are in memory than those that are decoded at a time (`num_parallel_calls`, or the
-    machine's cores) and three batches: one that is filled, two that wait.
+    machine's cores), one more, and three batches: one that is filled, two that wait.
 
     Pixels are the RGB values 0..255: map the model's own `preprocess_input` over the dataset.
 
@@ -283,11 +283,7 @@ def video_dataset_from_directory(
         if service is not None:
             elements = _distributed(elements, service)
         report = DecodeReport(videos.skipped, is_replaced=on_error == "black")
-        dataset = _received(elements, clip, num_videos, videos.paths, report, on_error)
-        if encoded is None:
-            dataset = dataset.map(lambda clip, number: clip)
-        else:
-            dataset = dataset.map(lambda clip, number: (clip, tf.gather(encoded, number)))
+        dataset = _received(elements, clip, num_videos, videos.paths, encoded, report, on_error)
         if batch_size is not None:
             dataset = dataset.batch(batch_size)
         # Not AUTOTUNE, which lets the buffer grow with the memory that is free.
@@ -487,8 +483,8 @@ def _blank(clip):
     return np.zeros([clip.shorter_side[0] if size is None else size for size in clip.shape], "uint8")
 
 
-def _received(elements, clip, num_videos, paths, report, on_error):
-    """Reports on the elements of a source; gives (clip, number) of those that stay."""
+def _received(elements, clip, num_videos, paths, labels, report, on_error):
+    """Reports on the elements of a source; gives (clip, label), or clip, of those that stay."""
 
     def receive(number, is_good, message, any_good):
         if number < 0:
@@ -516,7 +512,13 @@ def _received(elements, clip, num_videos, paths, report, on_error):
     end = (_blank(clip), np.int64(-1), False, "")
     dataset = elements.concatenate(tf.data.Dataset.from_tensors(end)).scan(tf.constant(False), remember_good)
     dataset = dataset.filter(lambda frames, number, stays: stays)
-    dataset = dataset.map(lambda frames, number, stays: (tf.ensure_shape(frames, clip.shape), number))
+
+    def labelled(frames, number, stays):
+        frames = tf.ensure_shape(frames, clip.shape)
+        return frames if labels is None else (frames, tf.gather(labels, number))
+
+    # One call at a time: without a number tf.data makes it as many as there are cores, each with a clip.
+    dataset = dataset.map(labelled, num_parallel_calls=1)
     if on_error != "skip":
         dataset = dataset.apply(tf.data.experimental.assert_cardinality(num_videos))
     return dataset
