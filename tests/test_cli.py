@@ -251,7 +251,7 @@ def test_train_builds_the_network_asked_for(videos, tmp_path, untrained):
         (["predict", "missing.keras", "a.mp4"], "MODEL must be a .keras file or an exported SavedModel"),
         (["predict", "@DATA", "a.mp4"], "cannot load @DATA: SavedModel file does not exist"),
         (["predict", "@BARE", "a.mp4"], "model says what --frame-stride and --image-size should be. Give the option"),
-        (["predict", "@MODEL", "@DATA/red/0.mp4", "--image-size", "64"], "must lie within the frame of 32 x 40 pixels"),
+        (["predict", "@MODEL", "@DATA/red/0.mp4", "--image-size", "64"], "must not be larger than `shorter_side`"),
         (["predict", "@MODEL", "@DATA/red/0.mp4", "--image-size", "4"], "of the shape (1, 4, 4, 4, 3): ValueError"),
         (["predict", "@NAMES", "a.mp4"], "must be 2, as its scores. Received: class_names=['one']"),
         (["export", "@MODEL", "@DATA"], "`path` must not exist, exports are never overwritten. Received: path='@DATA'"),
