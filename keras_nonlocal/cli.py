@@ -16,7 +16,8 @@ import tempfile
 import warnings
 
 from keras_nonlocal.applications.resnet import NETWORKS
-from keras_nonlocal.data.sampling import VIEW_SAMPLERS
+from keras_nonlocal.data.annotations import FORMATS, SPLITS
+from keras_nonlocal.data.sampling import SAMPLERS
 from keras_nonlocal.ops import PAIRWISE
 
 # What `train` writes beside the model, so that the other commands prepare clips as it did.
@@ -67,16 +68,18 @@ def _train(args):
             shorter_side=tuple(args.shorter_side),
             horizontal_flip=not args.no_flip,
             seed=args.seed,
+            **_annotations(args),
             validation_split=args.validation_split or None,
             subset="both" if args.validation_split else None,
         )
         training, validation = datasets if args.validation_split else (datasets, None)
         class_names, report = training.class_names, training.report
         if len(class_names) < 2:
-            raise _BadInput(
-                f"a classifier needs at least 2 class folders. Received: DATA={args.data!r} with {class_names}"
-            )
+            raise _BadInput(f"a classifier needs at least 2 classes. Received: DATA={args.data!r} with {class_names}")
         options = {} if args.non_local is None else {"non_local": args.non_local}
+        is_multi_label = training.element_spec[1].shape.rank == 2
+        if is_multi_label:
+            options["classifier_activation"] = "sigmoid"
         if args.pairwise:
             options["non_local_options"] = {"pairwise": args.pairwise}
         model = NETWORKS[args.model](
@@ -94,7 +97,7 @@ def _train(args):
 
     model.compile(
         keras.optimizers.SGD(args.learning_rate, momentum=0.9, nesterov=True),
-        "sparse_categorical_crossentropy",
+        "binary_crossentropy" if is_multi_label else "sparse_categorical_crossentropy",
         metrics=["accuracy"],
     )
     with _reported_as_bad_input(), warnings.catch_warnings():
@@ -128,6 +131,7 @@ def _evaluate(args):
             class_names=classifier.class_names,  # in the order of the scores; a folder that is missing is an error
             batch_size=max(args.batch_size // math.prod(views), 1),
             views=views,
+            **_annotations(args),
             **clips,
         )
         if len(dataset.class_names) != classifier.num_classes:
@@ -210,6 +214,11 @@ def _convert(args):
     with _reported_as_bad_input():
         print(convert_checkpoint(args.checkpoint, args.out, args.model))
     return 0
+
+
+def _annotations(args):
+    """Arguments of `video_dataset_from_directory` about what says the labels."""
+    return {"annotations": args.annotations, "annotation_format": args.annotation_format, "split": args.split}
 
 
 # Models
@@ -295,7 +304,7 @@ class _Classifier:
             "image_size": image_size,
             "shorter_side": shorter_side or max(image_size),
             "views": (args.clips, args.crops),
-            "view_sampling": args.view_sampling,
+            "sampling": args.sampling,
         }
 
 
@@ -426,6 +435,7 @@ def _parser():
 
     train = _command(commands, "train", _train, "trains a network on a folder of videos")
     train.add_argument("data", metavar="DATA", help=data_help)
+    _annotation_options(train)
     train.add_argument("--out", required=True, metavar="MODEL.keras", help="file to write")
     train.add_argument("--overwrite", action="store_true", help="replace --out if it exists")
     train.add_argument("--model", choices=NETWORKS, default="i3d_resnet50", help="network (default: %(default)s)")
@@ -458,6 +468,7 @@ def _parser():
     evaluate = _command(commands, "evaluate", _evaluate, "measures top-1 and top-5 over several views of each video")
     evaluate.add_argument("model", metavar="MODEL", help=model_help)
     evaluate.add_argument("data", metavar="DATA", help=data_help)
+    _annotation_options(evaluate)
     _views(evaluate, clips=10, crops=3)
     evaluate.add_argument("--json", metavar="FILE", help="also write the figures to this file")
 
@@ -492,6 +503,14 @@ def _command(commands, name, function, description):
     return parser
 
 
+def _annotation_options(parser):
+    parser.add_argument(
+        "--annotations", metavar="FILE", help="file that lists the videos of DATA and their classes, instead of folders"
+    )
+    parser.add_argument("--annotation-format", choices=FORMATS, help="its format (default: seen from its first lines)")
+    parser.add_argument("--split", choices=SPLITS, help="only the rows of this split")
+
+
 def _sizes(parser, num_frames=None, frame_stride=None, image_size=None):
     default = "(default: %(default)s)" if num_frames else "(default: as trained)"
     parser.add_argument(
@@ -521,10 +540,10 @@ def _views(parser, clips, crops):
         "--crops", type=_positive, default=crops, metavar="N", help="crops of a clip (default: %(default)s)"
     )
     parser.add_argument(
-        "--view-sampling",
-        choices=VIEW_SAMPLERS,
+        "--sampling",
+        choices=SAMPLERS,
         default="recipe",
-        help="where the clips start: as in the authors' release, or evenly spread (default: %(default)s)",
+        help="which frames make the clips: as in the authors' release, or otherwise (default: %(default)s)",
     )
     parser.add_argument(
         "--batch-size", type=_positive, default=8, metavar="N", help="views in a batch (default: %(default)s)"

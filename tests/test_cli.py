@@ -117,6 +117,30 @@ def test_evaluate_prints_and_writes_the_figures(trained, videos, tmp_path, capsy
     assert figures["class_names"] == ["blue", "red"]
 
 
+def test_evaluate_reads_annotations(trained, videos, tmp_path, capsys):
+    (tmp_path / "val.txt").write_text("blue/0.mp4 0\nblue/1.mp4 1\nred/2.mp4 1\nred/9.mp4 1\n")
+    arguments = ["--annotations", str(tmp_path / "val.txt"), "--clips", "1", "--crops", "1"]
+    assert main(["evaluate", str(trained), str(videos), *arguments]) == 0
+    printed = capsys.readouterr().out
+    assert "\n3 videos, 1 views of each; decoded 3 videos; skipped 1 wrong row of the annotations\n" in printed
+    assert printed.endswith("\nclass  videos   top-1\nblue        1  1.0000\nred         2  0.5000\n")
+    line = error_of(capsys, ["evaluate", trained, videos, *arguments, "--split", "val"])
+    assert line == "`split` needs a format with splits; 'list' has none. Received: split='val'"
+
+
+def test_train_on_several_labels_a_video(videos, tmp_path, monkeypatch):
+    losses = []
+    monkeypatch.setattr(keras.Model, "fit", lambda model, *args, **kwargs: losses.append(model.loss))
+    (tmp_path / "charades.csv").write_text("id,actions\n0,c000 0 1;c156 0 1\n1,\n")
+    arguments = ["--annotations", str(tmp_path / "charades.csv"), "--out", str(tmp_path / "m.keras"), *TRAIN]
+    assert main(["train", str(videos), *arguments]) == 0
+    model = keras.saving.load_model(tmp_path / "m.keras")
+    assert model.output_shape == (None, 157) and model.layers[-1].activation is keras.activations.sigmoid
+    assert losses == ["binary_crossentropy"]
+    names = json.loads((tmp_path / "m.keras.json").read_text())["class_names"]
+    assert names[0] == "c000" and len(names) == 157
+
+
 def test_predict_averages_the_views(trained, videos, capsys):
     files = [videos / "red" / "0.mp4", videos / "blue" / "3.mp4"]
     model = keras.saving.load_model(trained)
@@ -140,7 +164,7 @@ def test_predict_prints_the_best_classes(trained, videos, capsys):
 
 def test_a_saved_model_gives_the_scores_of_the_keras_file(trained, exported, videos, capsys):
     file = videos / "blue" / "0.mp4"
-    views = ["--clips", 2, "--frame-stride", 1, "--image-size", 32, "--view-sampling", "even"]
+    views = ["--clips", 2, "--frame-stride", 1, "--image-size", 32, "--sampling", "even"]
     (expected,) = predictions(capsys, [trained, file, *views])
     (result,) = predictions(capsys, [exported, file, *views])
     for a, b in zip(result["predictions"], expected["predictions"], strict=True):
@@ -241,7 +265,7 @@ def test_train_starts_a_new_head(trained, videos, tmp_path, untrained):
         (["predict", "missing.keras", "a.mp4"], "MODEL must be a .keras file or an exported SavedModel"),
         (["predict", "@DATA", "a.mp4"], "cannot load @DATA: SavedModel file does not exist"),
         (["predict", "@BARE", "a.mp4"], "model says what --frame-stride and --image-size should be. Give the option"),
-        (["predict", "@MODEL", "@DATA/red/0.mp4", "--image-size", "64"], "must lie within the frame of 32 x 40 pixels"),
+        (["predict", "@MODEL", "@DATA/red/0.mp4", "--image-size", "64"], "must not be larger than `shorter_side`"),
         (["predict", "@MODEL", "@DATA/red/0.mp4", "--image-size", "4"], "of the shape (1, 4, 4, 4, 3): ValueError"),
         (["predict", "@NAMES", "a.mp4"], "must be 2, as its scores. Received: class_names=['one']"),
         (["export", "@MODEL", "@DATA"], "`path` must not exist, exports are never overwritten. Received: path='@DATA'"),
@@ -279,7 +303,7 @@ def test_bad_input_is_one_line(arguments, message, trained, videos, tmp_path, ca
 def test_a_single_class_is_refused(videos, tmp_path, capsys):
     shutil.copytree(videos / "red", tmp_path / "data" / "red")
     line = error_of(capsys, ["train", tmp_path / "data", "--out", tmp_path / "a.keras", *TRAIN])
-    assert line == (f"a classifier needs at least 2 class folders. Received: DATA='{tmp_path / 'data'}' with ['red']")
+    assert line == (f"a classifier needs at least 2 classes. Received: DATA='{tmp_path / 'data'}' with ['red']")
 
 
 @pytest.mark.parametrize("command", ["train", "evaluate"])

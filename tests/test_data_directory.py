@@ -5,21 +5,28 @@ import logging
 import os
 import re
 import shutil
+import time
 
 import av
+import keras
 import numpy as np
 import pytest
 import tensorflow as tf
 
 from keras_nonlocal.data import (
     VideoError,
+    directory,
     load_views,
+    read_annotations,
+    shards,
     video_dataset_from_directory,
     view_indices,
     write_video,
 )
-from keras_nonlocal.data.directory import VIDEO_EXTENSIONS, DecodeReport
-from tests.video_files import BREAKERS, camera_clip, grey_frames, numbered_frames, read_greys
+from keras_nonlocal.data.annotations import VIDEO_EXTENSIONS
+from keras_nonlocal.data.directory import DecodeReport
+from keras_nonlocal.data.sampling import SAMPLERS
+from tests.video_files import BREAKERS, camera_clip, encode, grey_frames, numbered_frames, read_greys, read_numbers
 
 SMALL = {"num_frames": 4, "frame_stride": 2, "image_size": 32, "shorter_side": 32, "verbose": False}
 VIEWS = {**SMALL, "views": (1, 1), "batch_size": None}
@@ -158,7 +165,7 @@ def test_deterministic_for_a_seed_however_parallel(folder):
 
 def test_no_seed_takes_the_global_one(folder):
     def clips(seed):
-        np.random.seed(seed)
+        keras.utils.set_random_seed(seed)
         return collect(video_dataset_from_directory(folder, **SMALL))[0]
 
     np.testing.assert_array_equal(clips(4), clips(4))
@@ -184,7 +191,7 @@ def reference_views(path, num_frames, frame_stride, views, shorter_side, size, s
     return np.stack(result)
 
 
-@pytest.mark.parametrize("sampling", ["recipe", "even"])
+@pytest.mark.parametrize("sampling", SAMPLERS)
 @pytest.mark.parametrize("views, shorter_side, size", [((3, 3), 40, 40), ((2, 1), 48, 32)])
 def test_views_of_wide_and_tall_and_real_videos(tmp_path, sampling, views, shorter_side, size):
     (tmp_path / "a").mkdir()
@@ -192,7 +199,7 @@ def test_views_of_wide_and_tall_and_real_videos(tmp_path, sampling, views, short
     write_video(tmp_path / "a" / "1.mp4", numbered_frames(33, 96, 64))
     shutil.copy(camera_clip("carphone_pristine.mp4"), tmp_path / "a" / "2.mp4")
     dataset = video_dataset_from_directory(
-        tmp_path, batch_size=1, num_frames=5, frame_stride=4, views=views, view_sampling=sampling,
+        tmp_path, batch_size=1, num_frames=5, frame_stride=4, views=views, sampling=sampling,
         shorter_side=shorter_side, image_size=size, verbose=False,
     )  # fmt: skip
     num_views = views[0] * views[1]
@@ -254,6 +261,221 @@ def partly_broken(levels, tmp_path):
     return folder, broken
 
 
+def write_broken_in_the_middle(path):
+    """20 frames, of which only the first decodes."""
+    encode(path.with_suffix(".avi"), numbered_frames(20), codec="mpeg4", options={"g": "1"})
+    content = bytearray(path.with_suffix(".avi").read_bytes())
+    with av.open(str(path.with_suffix(".avi"))) as container:
+        places = [(packet.pos + 8, packet.size) for packet in container.demux(video=0) if packet.size]
+    for position, size in places[1:]:
+        content[position : position + size] = bytes(size)
+    path.write_bytes(content)
+    path.with_suffix(".avi").unlink()
+
+
+def test_an_epoch_of_1000_files_of_which_50_are_broken_loses_no_good_clip(tmp_path, levels):
+    """Every good file comes once in each of two passes, with its label; every broken one is reported."""
+    breakers = {**BREAKERS, "middle": write_broken_in_the_middle}
+    for how, break_file in breakers.items():
+        break_file(tmp_path / f"{how}.mp4")
+    kinds = [*breakers, "missing"]
+    numbers = np.random.default_rng(0).permutation(1000)
+    broken = {int(number): kinds[position % len(kinds)] for position, number in enumerate(numbers[:50])}
+    videos, labels = tmp_path / "videos", []
+    videos.mkdir()
+    for number in range(1000):
+        level = number % 12
+        source = levels / "ab"[level % 2] / f"{level:02}.mp4"
+        if broken.get(number, "missing") != "missing":
+            source = tmp_path / f"{broken[number]}.mp4"
+        os.link(source, videos / f"{number:03}.mp4")
+        labels.append(number)
+    dataset = video_dataset_from_directory(
+        videos, labels=labels, batch_size=32, seed=0, num_frames=2, frame_stride=1, image_size=8, shorter_side=8,
+        verbose=False,
+    )  # fmt: skip
+    for number in (number for number, how in broken.items() if how == "missing"):
+        (videos / f"{number:03}.mp4").unlink()
+    good = [number for number in range(1000) if number not in broken]
+    assert len(good) == 950
+    orders = []
+    for _ in range(2):
+        clips, labels = collect(dataset)
+        assert sorted(labels) == good
+        assert read_greys(clips[:, 0]) == [label % 12 for label in labels]
+        orders.append(labels.tolist())
+    assert orders[0] != orders[1]
+    assert dataset.report.num_good == 950
+    assert sorted(int(os.path.basename(path)[:3]) for path in dataset.report.broken) == sorted(broken)
+
+
+def test_black_clips_stand_for_broken_videos(partly_broken, caplog):
+    folder, broken = partly_broken
+    dataset = video_dataset_from_directory(folder, on_error="black", shuffle=False, batch_size=8, **SMALL)
+    assert dataset.cardinality() == 5
+    order = [*range(0, 40, 2), *range(1, 40, 2)]
+    with caplog.at_level(logging.WARNING, logger="keras_nonlocal"):
+        clips, labels = collect(dataset)
+    assert labels.tolist() == [level % 2 for level in order]
+    for level, clip in zip(order, clips, strict=True):
+        if level in broken:
+            assert not clip.any()
+        else:
+            assert read_greys(clip[:1]) == [level]
+    assert dataset.report.num_good == len(dataset.report.broken) == 20
+    assert "; replaced 20 broken files by black: " in dataset.report.summary()
+    assert sum(r.getMessage().startswith("Replaced a broken video by black. Cannot") for r in caplog.records) == 20
+    views = video_dataset_from_directory(folder, on_error="black", **VIEWS)
+    assert sum(not clip.any() for clip, _ in views.as_numpy_iterator()) == 20
+
+
+@pytest.mark.parametrize("on_error", ["skip", "black"])
+def test_a_pass_without_a_good_video_is_an_error(tmp_path, on_error):
+    (tmp_path / "a").mkdir()
+    BREAKERS["empty"](tmp_path / "a" / "x.mp4")
+    with pytest.raises(tf.errors.InvalidArgumentError, match="No video could be decoded: decoded 0 videos; "):
+        list(video_dataset_from_directory(tmp_path, on_error=on_error, **SMALL))
+
+
+def test_annotated_videos_and_their_wrong_rows(levels, tmp_path, caplog):
+    rows = [f"{'ab'[level % 2]}/{level:02}.mp4 {level}" for level in (7, 3, 30)]
+    (tmp_path / "list.txt").write_text("\n".join([*rows, "gone.mp4 1", "a/00.mp4 -1"]))
+    with caplog.at_level(logging.WARNING, logger="keras_nonlocal"):
+        dataset = video_dataset_from_directory(levels, annotations=tmp_path / "list.txt", seed=0, **SMALL)
+        assert len(caplog.records) == len(dataset.report.skipped_rows) == 2
+        for _ in range(2):
+            clips, labels = collect(dataset)
+            assert sorted(labels) == [3, 7, 30] and read_greys(clips[:, 0]) == labels.tolist()
+    assert len(dataset.class_names) == 31
+    assert [r.getMessage() for r in caplog.records[2:]] == [
+        "End of a pass: decoded 3 videos; skipped 2 wrong rows of the annotations"
+    ] * 2
+    with pytest.raises(ValueError, match=r"Wrong row: .*list\.txt, line 4: "):
+        video_dataset_from_directory(levels, annotations=tmp_path / "list.txt", on_error="raise", **SMALL)
+
+
+def test_multi_label(levels, tmp_path):
+    header = "id,actions,length\n"
+    (tmp_path / "charades.csv").write_text(header + "00,c001 0 1;c156 0 1,1\n01,,1\n02,c003 0 1,1\n")
+    arguments = {"annotations": tmp_path / "charades.csv", "shuffle": False, **SMALL}
+    dataset = video_dataset_from_directory(levels, **arguments)
+    assert dataset.element_spec[1] == tf.TensorSpec((None, 157), tf.float32)
+    clips, labels = collect(dataset)
+    assert read_greys(clips[:, 0]) == [0, 1, 2]
+    assert [np.flatnonzero(row).tolist() for row in labels] == [[1, 156], [], [3]]
+    with pytest.raises(ValueError, match=r"as label_mode=\"multi_label\"\. Received: label_mode='int'"):
+        video_dataset_from_directory(levels, label_mode="int", **arguments)
+    one = video_dataset_from_directory(levels, label_mode="multi_label", **{**SMALL, "shuffle": False})
+    assert collect(one)[1].tolist() == [[1, 0]] * 20 + [[0, 1]] * 20
+
+
+def test_workers_share_every_pass(levels):
+    datasets = []
+    for index in range(3):
+        tf.random.set_seed(index)  # each worker's own: the shares depend on `seed` alone
+        datasets.append(
+            video_dataset_from_directory(levels, shard=(3, index), on_error="raise", seed=5, batch_size=1, **SMALL)
+        )
+    tf.random.set_seed(0)
+    assert [int(dataset.cardinality()) for dataset in datasets] == [14, 13, 13]
+    passes = []
+    for _ in range(2):
+        shares = [read_greys(collect(dataset)[0][:, 0]) for dataset in datasets]
+        assert [len(share) for share in shares] == [14, 13, 13]
+        assert sorted(sum(shares, [])) == list(range(40))
+        passes.append(shares)
+    assert set(passes[0][0]) != set(passes[1][0])  # another share in each pass
+    with pytest.raises(ValueError, match=r"a video for each shard, of 40 videos\. Received: shard=\(41, 40\)"):
+        video_dataset_from_directory(levels, shard=(41, 40), **SMALL)
+
+
+def test_reshuffle_each_iteration(levels, folder):
+    def orders(**arguments):
+        dataset = video_dataset_from_directory(levels, seed=1, **arguments, **SMALL)
+        return [read_greys(collect(dataset)[0][:, 0]) for _ in range(2)]
+
+    first, second = orders(reshuffle_each_iteration=False)
+    assert first == second != sorted(first)
+    again, other = orders()
+    assert again == first and sorted(other) == sorted(first) and other != first
+    dataset = video_dataset_from_directory(folder, seed=1, reshuffle_each_iteration=False, **SMALL)
+    (clips, labels), (new_clips, new_labels) = collect(dataset), collect(dataset)
+    np.testing.assert_array_equal(labels, new_labels)
+    assert not np.array_equal(clips, new_clips)  # the clips are drawn anew
+
+
+def test_whole_frames(tmp_path):
+    (tmp_path / "a").mkdir()
+    write_video(tmp_path / "a" / "0.mp4", numbered_frames(17, 48, 80))
+    write_video(tmp_path / "a" / "1.mp4", numbered_frames(33, 96, 64))
+    BREAKERS["garbage"](tmp_path / "a" / "2.mp4")
+    arguments = {"num_frames": 3, "frame_stride": 2, "views": (2, 1), "shorter_side": 40, "image_size": "whole"}
+    dataset = video_dataset_from_directory(tmp_path, batch_size=1, on_error="black", verbose=False, **arguments)
+    assert dataset.element_spec[0].shape.as_list() == [None, 2, 3, None, None, 3]
+    clips = [clips[0] for clips, _ in dataset.as_numpy_iterator()]
+    assert [clip.shape[2:4] for clip in clips] == [(40, 67), (60, 40), (40, 40)]
+    assert not clips[2].any()
+    for path, clip in zip(dataset.file_paths[:2], clips, strict=False):
+        np.testing.assert_array_equal(load_views(path, **arguments), clip)
+        indices = view_indices(17 if path.endswith("0.mp4") else 33, 3, 2, 2)
+        assert read_numbers(clip.reshape(-1, *clip.shape[2:])) == indices.ravel().tolist()
+
+
+def test_clips_in_memory_are_bounded(levels, monkeypatch):
+    loaded = []
+    load = directory.load_clip
+    monkeypatch.setattr(directory, "load_clip", lambda *args: loaded.append(args) or load(*args))
+    dataset = video_dataset_from_directory(levels, batch_size=2, num_parallel_calls=3, **SMALL)
+    iterator = iter(dataset)
+    next(iterator)
+    before = -1
+    while len(loaded) > before:  # until nothing more is decoded ahead
+        before = len(loaded)
+        time.sleep(1)
+    assert 2 + 2 * 2 <= before <= 2 + 3 * 2 + 3 + 1  # the batch that was taken, and what the documentation says
+
+
+@pytest.fixture(scope="module")
+def shard_folder(levels, tmp_path_factory):
+    out = tmp_path_factory.mktemp("shards")
+    shards.write_shards(read_annotations(levels), out, videos_per_shard=7, verbose=False)
+    return out
+
+
+def test_shards_give_what_their_videos_give(levels, shard_folder):
+    for arguments in ({}, {"class_names": ["b", "a"]}, {"class_names": ["b"]}, {"label_mode": "categorical"}):
+        of_files, of_shards = (
+            collect(video_dataset_from_directory(folder, seed=0, shuffle=True, **arguments, **SMALL))
+            for folder in (levels, shard_folder)
+        )
+        shown = [
+            dict(zip(read_greys(clips[:, 0]), labels.tolist(), strict=True)) for clips, labels in (of_files, of_shards)
+        ]
+        assert shown[0] == shown[1]
+        assert of_files[1].dtype == of_shards[1].dtype
+    split = {"validation_split": 0.3, "seed": 9, "subset": "both", **SMALL}
+    training, validation = video_dataset_from_directory(shard_folder, **split)
+    assert [len(d.file_paths) for d in (training, validation)] == [28, 12]
+    assert not set(training.file_paths) & set(validation.file_paths)
+    shown = shown_levels(collect(training)[0]) + shown_levels(collect(validation)[0])
+    assert sorted(shown) == list(range(40))
+
+
+def test_a_service_gives_each_video_once(shard_folder):
+    service = tf.data.experimental.service
+    dispatcher = service.DispatchServer()
+    address = dispatcher.target.split("://")[1]
+    workers = [service.WorkerServer(service.WorkerConfig(dispatcher_address=address)) for _ in range(2)]
+    dataset = video_dataset_from_directory(shard_folder, service=dispatcher.target, seed=0, **SMALL)
+    for _ in range(2):
+        clips, labels = collect(dataset)
+        shown = read_greys(clips[:, 0])
+        assert sorted(shown) == list(range(40))
+        assert labels.tolist() == [level % 2 for level in shown]
+    assert dataset.report.num_good == 40
+    del workers
+
+
 @pytest.mark.parametrize("arguments", [{}, {"views": (1, 1)}])
 def test_no_good_clip_is_lost_and_each_broken_one_reported_once(partly_broken, caplog, arguments):
     folder, broken = partly_broken
@@ -268,7 +490,9 @@ def test_no_good_clip_is_lost_and_each_broken_one_reported_once(partly_broken, c
     assert dataset.report.num_good == 20
     assert sorted(int(os.path.basename(path)[:2]) for path in dataset.report.broken) == sorted(broken)
     messages = [record.getMessage() for record in caplog.records]
-    assert len(messages) == 20
+    ends = [message for message in messages if message.startswith("End of a pass: ")]
+    assert ends == [f"End of a pass: {dataset.report.summary()}"] * 2 and messages[-1] == ends[-1]
+    assert len(messages) == 20 + 2
     for path, message in dataset.report.broken.items():
         assert f"Skipped a broken video. {message}" in messages
         assert message.startswith(f"Cannot decode {path}: ")
@@ -314,8 +538,6 @@ def test_files_that_break_between_passes(tmp_path):
 # Keras says so of every dataset of unknown length.
 @pytest.mark.filterwarnings("ignore:Your input ran out of data", "ignore:`shuffle=True`")
 def test_repeat_and_take_and_fit(partly_broken):
-    import keras
-
     folder, _ = partly_broken
     dataset = video_dataset_from_directory(folder, batch_size=4, **SMALL)
     assert sum(1 for _ in dataset.repeat(2)) == 10
@@ -356,7 +578,7 @@ def test_extensions_nested_folders_and_links(tmp_path):
         (videos / "a" / "deep" / f"x{extension.upper()}").write_bytes(b"")
     os.symlink(tmp_path / "out", videos / "a" / "link")
     without = video_dataset_from_directory(videos, **SMALL).file_paths
-    assert len(without) == len(VIDEO_EXTENSIONS) == 9
+    assert len(without) == len(VIDEO_EXTENSIONS) == 10
     with_links = video_dataset_from_directory(str(videos), follow_links=True, **SMALL).file_paths
     assert set(with_links) - set(without) == {str(videos / "a" / "link" / "linked.mp4")}
 
@@ -377,24 +599,46 @@ def test_extensions_nested_folders_and_links(tmp_path):
         ({"batch_size": 0}, r"`batch_size` must be a positive integer\. Received: batch_size=0"),
         ({"num_frames": 0}, r"`num_frames` must be .* Received: num_frames=0"),
         ({"frame_stride": 1.5}, r"`frame_stride` must be .* Received: frame_stride=1.5"),
-        ({"image_size": (32, 0)}, r"a pair \(height, width\)\. Received: image_size=\(32, 0\)"),
+        ({"image_size": (32, 0)}, r"a pair \(height, width\) or \"whole\"\. Received: image_size=\(32, 0\)"),
         ({"image_size": 33}, r"Received: image_size=\(33, 33\), shorter_side=32"),
         ({"shorter_side": (40, 32)}, r"pair \(low, high\)\. Received: shorter_side=\(40, 32\)"),
         ({"shorter_side": (32, 40), "views": (1, 1)}, r"Received: shorter_side=\(32, 40\), views="),
         ({"views": 10}, r"pair \(num_clips, num_crops\)\. Received: views=10"),
         ({"views": (1, 1), "horizontal_flip": True}, r"never flipped\. .*horizontal_flip=True"),
-        ({"views": (1, 1), "view_sampling": "odd"}, r"Received: view_sampling='odd'"),
+        ({"sampling": "odd"}, r"Received: sampling='odd'"),
         ({"validation_split": 0.2, "seed": 1}, r'"both" with .* Received: subset=None'),
         ({"validation_split": 1.0, "subset": "both"}, r"Received: validation_split=1\.0"),
         ({"validation_split": 0.01, "subset": "both"}, r"validation subset of 40 videos is empty"),
         ({"subset": "both"}, r"only be passed with `validation_split`\. Received: subset='both'"),
         ({"validation_split": 0.2, "subset": "training"}, r"needs a `seed`.* Received: seed=None"),
+        ({"image_size": "whole"}, r"needs one crop for each clip: .* Received: views=None"),
+        ({"image_size": "whole", "views": (2, 3)}, r"views=\(num_clips, 1\)\. Received: views=\(2, 3\)"),
+        ({"image_size": "whole", "views": (2, 1)}, r"must be None or 1 .* Received: batch_size=8"),
+        ({"image_size": "half"}, r"Received: image_size='half'"),
+        ({"shard": (3, 3)}, r"0 <= index < num_shards\. Received: shard=\(3, 3\)"),
+        ({"shard": 3}, r"a pair \(num_shards, index\).* Received: shard=3"),
+        ({"shard": (2, 0), "service": "grpc://x"}, r"Received: shard=\(2, 0\), service='grpc://x'"),
+        ({"service": "grpc://x:1"}, r"by `keras-nonlocal shard DATA OUT`\. Received: service='grpc://x:1'"),
         ({"on_error": "ignore"}, r"Received: on_error='ignore'"),
     ],
 )  # fmt: skip
 def test_guards(levels, arguments, message):
     with pytest.raises(ValueError, match=message):
         video_dataset_from_directory(levels, **{**SMALL, **arguments})
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        ({"annotations": "list.txt"}, r"`annotations` cannot be .* labels\. Received: annotations='list.txt'"),
+        ({"labels": [1]}, r'must be "inferred" or None with shards'),
+        ({"class_names": ["a", "c"]}, r"which have \['a', 'b'\]\. Received: class_names=\['a', 'c'\]"),
+        ({"class_names": ["a"], "labels": None}, r"Received: labels=None, class_names=\['a'\]"),
+    ],
+)
+def test_shard_guards(shard_folder, arguments, message):
+    with pytest.raises(ValueError, match=message):
+        video_dataset_from_directory(shard_folder, **arguments, **SMALL)
 
 
 def test_directory_guards(tmp_path):
