@@ -57,7 +57,8 @@ def _pyslowfast_views(xp, F, T, stride, N):
 
 
 def _segments_training(xp, F, T, stride, uniform):
-    return _floor(xp, (_float(xp, xp.arange(T)) + uniform) * _float(xp, F) / T)
+    # the sum with a draw just below 1 can round up
+    return xp.minimum(_floor(xp, (_float(xp, xp.arange(T)) + uniform) * _float(xp, F) / T), F - 1)
 
 
 def _segments_views(xp, F, T, stride, N):
