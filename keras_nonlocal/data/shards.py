@@ -11,6 +11,7 @@ Shape letters: V views (clips x crops), T frames, H and W height and width, C = 
 import collections
 import concurrent.futures
 import dataclasses
+import functools
 import hashlib
 import importlib
 import io
@@ -48,7 +49,7 @@ class ShardIndex:
         directory: String, where the shards are.
         class_names: Tuple of strings, or `None`.
         paths: Tuple of strings, for each record the video's path below the directory that all came from.
-        labels: int64 array of shape `(n,)`, float32 array of zeros and ones of shape `(n, num_classes)`, or `None`.
+        labels: int32 array of shape `(n,)`, float32 array of zeros and ones of shape `(n, num_classes)`, or `None`.
         num_frames: int64 array of shape `(n,)`.
         sizes: int64 array of shape `(n, 2)`, the height and width of the stored frames.
         files: Tuple of strings, the names of the shards.
@@ -150,6 +151,7 @@ def write_shards(
         },
         "class_names": None if annotations.class_names is None else list(annotations.class_names),
         "label_kind": _label_kind(annotations.labels),
+        "num_classes": None if np.ndim(annotations.labels) < 2 else int(np.shape(annotations.labels)[1]),
         "num_videos": len(annotations.paths),
         "videos": encoder.digest(),
     }
@@ -159,14 +161,16 @@ def write_shards(
 
     finished = _open_directory(out, plan)
     shards = []
-    with concurrent.futures.ThreadPoolExecutor(num_parallel_calls or os.cpu_count()) as executor:
+    num_threads = num_parallel_calls or os.cpu_count()
+    with concurrent.futures.ThreadPoolExecutor(num_threads) as executor:
+        encode = functools.partial(_mapped, executor, encoder, ahead=num_threads + 1)
         for number, part in enumerate(parts):
             file = f"videos-{number:05d}-of-{len(parts):05d}.tfrecord"
             state = _join(out, file + ".json")
             shard = _read_json(state) if tf.io.gfile.exists(state) else finished.get(file)
             is_there = shard is not None and _damage(out, shard) is None
             if not is_there:
-                shard = _write_shard(out, file, part, encoder, executor, on_error)
+                shard = _write_shard(out, file, part, encoder, encode, on_error)
                 _write_json(state, shard)
             shards.append(shard)
             if verbose:
@@ -257,12 +261,12 @@ class _Encoder:
         return data, entry
 
 
-def _write_shard(out, file, videos, encoder, executor, on_error):
+def _write_shard(out, file, videos, encoder, encode, on_error):
     """Writes one shard and returns what the index says of it."""
     path, partial = _join(out, file), _join(out, file + ".partial")
     records, skipped, position = [], {}, 0
     with tf.io.TFRecordWriter(partial) as writer:
-        for video, result in zip(videos, _mapped(executor, encoder, videos), strict=True):
+        for video, result in zip(videos, encode(videos), strict=True):
             if isinstance(result, VideoError):
                 if on_error == "raise":
                     raise result
@@ -281,12 +285,12 @@ def _write_shard(out, file, videos, encoder, executor, on_error):
     return shard
 
 
-def _mapped(executor, function, items):
-    """`map` by threads that are at most one item each ahead of who takes the results."""
-    futures, limit = collections.deque(), getattr(executor, "_max_workers", 1)
+def _mapped(executor, function, items, ahead):
+    """`map` by threads that are at most `ahead` items ahead of who takes the results."""
+    futures = collections.deque()
     try:
         for item in items:
-            if len(futures) > limit:
+            if len(futures) == ahead:
                 yield futures.popleft().result()
             futures.append(executor.submit(function, item))
         while futures:
@@ -354,10 +358,10 @@ def read_index(directory):
     if content["label_kind"] is None:
         labels = None
     elif content["label_kind"] == "int":
-        labels = np.array(labels, "int64")
+        labels = np.array(labels, "int32")
     else:
         classes = labels
-        labels = np.zeros((len(records), len(class_names)), "float32")
+        labels = np.zeros((len(records), content["num_classes"]), "float32")
         for row, columns in zip(labels, classes, strict=True):
             row[columns] = 1
 
@@ -525,8 +529,14 @@ class _ClipLoader:
         record = {name: tf.gather(tf.constant(column, tf.int64), position) for name, column in self._columns.items()}
         data = self._read(record)
         is_good = tf.bitcast(tf.fingerprint([data])[0], tf.int64) == record["fingerprint"]
-        message = tf.strings.format(
-            "the record at byte {} of {} is damaged", (record["offset"], tf.gather(self._files, record["file"]))
+        message = tf.strings.join(
+            [
+                "its record in ",
+                tf.gather(self._files, record["file"]),
+                " at byte ",
+                tf.strings.as_string(record["offset"]),
+            ]
+            + [" is damaged"]
         )
         # Seeded by record and pass: whoever loads it, and whatever was loaded before, the clip is the same.
         key = tf.stack([tf.constant(self._seed, tf.int64), epoch])
@@ -614,9 +624,7 @@ class _ClipLoader:
             )[0]
             return tf.cast(tf.round(pixels), tf.uint8)
 
-        return tf.map_fn(
-            image, tf.gather(jpegs, frames), fn_output_signature=tf.TensorSpec([None, None, 3], tf.uint8)
-        )
+        return tf.map_fn(image, tf.gather(jpegs, frames), fn_output_signature=tf.TensorSpec([None, None, 3], tf.uint8))
 
 
 def _resized(size, side):
@@ -638,8 +646,8 @@ def _directory(directory):
             _register_file_systems()
         if scheme not in tf.io.gfile.get_registered_schemes():
             raise ValueError(
-                f"{scheme}:// is read through tensorflow-io, which does not load in TensorFlow {tf.__version__}. "
-                f"Install {' and '.join(_IO_PACKAGES)}. Received: directory={directory!r}"
+                f"{scheme}:// is read through tensorflow-io, which is not installed or does not load in TensorFlow "
+                f"{tf.__version__}. Install {' and '.join(_IO_PACKAGES)}. Received: directory={directory!r}"
             )
     return directory.rstrip("/")
 
