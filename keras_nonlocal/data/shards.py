@@ -613,7 +613,7 @@ class _ClipLoader:
         shift = tf.cast(first, tf.float64) * scale - tf.cast(top_left, tf.float64)
 
         def image(jpeg):
-            pixels = tf.image.decode_and_crop_jpeg(jpeg, window, channels=3)
+            pixels = tf.image.decode_and_crop_jpeg(jpeg, window, channels=3, dct_method="INTEGER_ACCURATE")
             pixels = tf.raw_ops.ScaleAndTranslate(
                 images=pixels[None],
                 size=tf.cast(extent, tf.int32),
