@@ -4,8 +4,10 @@ Takes a few minutes and 2 GB of disk: `pytest -m slow tests/test_data_s3.py`.
 """
 
 import os
+import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -25,14 +27,6 @@ PACKAGES = (
 SCRIPT = """
 import os, sys
 import boto3, numpy as np
-from moto.server import ThreadedMotoServer
-
-server = ThreadedMotoServer(port=0)
-server.start()
-address = "http://{}:{}".format(*server.get_host_and_port())
-os.environ["S3_ENDPOINT"] = address
-boto3.client("s3", endpoint_url=address).create_bucket(Bucket="bucket")
-
 import tensorflow as tf
 from keras_nonlocal.data.annotations import Annotations
 from keras_nonlocal.data.clips import ClipOptions
@@ -40,6 +34,8 @@ from keras_nonlocal.data.decode import write_video
 from keras_nonlocal.data.shards import is_shards, shard_source, verify_shards, write_shards
 
 folder = sys.argv[1]
+client = boto3.client("s3", endpoint_url=os.environ["S3_ENDPOINT"])
+client.create_bucket(Bucket="bucket")
 paths = []
 for number in range(5):
     paths.append(f"{folder}/{number}.mp4")
@@ -55,9 +51,8 @@ for out in ("s3://bucket/shards", f"{folder}/shards"):
 for one, other in zip(*results, strict=True):
     assert one[2] and one[1] == other[1]
     np.testing.assert_array_equal(one[0], other[0])
-objects = boto3.client("s3", endpoint_url=address).list_objects_v2(Bucket="bucket")["Contents"]
+objects = client.list_objects_v2(Bucket="bucket")["Contents"]
 print("objects", *sorted(item["Key"] for item in objects))
-client = boto3.client("s3", endpoint_url=address)
 body = client.get_object(Bucket="bucket", Key="shards/videos-00001-of-00003.tfrecord")["Body"].read()
 client.put_object(Bucket="bucket", Key="shards/videos-00001-of-00003.tfrecord", Body=body[:60] + b"?" + body[61:])
 print("damaged", verify_shards("s3://bucket/shards"))
@@ -77,8 +72,17 @@ def test_s3(tmp_path):
     ]
 
 
+def accepts(port):
+    with socket.socket() as client:
+        return client.connect_ex(("127.0.0.1", port)) == 0
+
+
 def run_s3(python, folder):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
     environment = os.environ | {
+        "S3_ENDPOINT": f"http://127.0.0.1:{port}",
         "AWS_ACCESS_KEY_ID": "test",
         "AWS_SECRET_ACCESS_KEY": "test",
         "AWS_REGION": "us-east-1",
@@ -87,9 +91,18 @@ def run_s3(python, folder):
         "S3_VERIFY_SSL": "0",
         "PYTHONPATH": str(ROOT),
     }
-    result = subprocess.run(
-        [python, "-c", SCRIPT, str(folder)], capture_output=True, text=True, env=environment, timeout=600
-    )
+    # A process of its own: TensorFlow waits for the server without letting go of Python's lock.
+    command = [python, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)]
+    with open(folder / "server.log", "w") as log, subprocess.Popen(command, stdout=log, stderr=log) as server:
+        try:
+            while not accepts(port):
+                assert server.poll() is None, (folder / "server.log").read_text()
+                time.sleep(0.1)
+            result = subprocess.run(
+                [python, "-c", SCRIPT, str(folder)], capture_output=True, text=True, env=environment, timeout=600
+            )
+        finally:
+            server.kill()
     lines = [line for line in result.stdout.splitlines() if line.startswith(("objects", "damaged", "read"))]
     assert lines, result.stderr[-3000:]
     return lines

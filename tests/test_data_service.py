@@ -24,8 +24,7 @@ CLIP = ClipOptions(
     sampling="recipe",
 )
 
-# Prints its port, then every ten milliseconds serves on, until its standard input is closed. The worker reports how many
-# elements it made: what it read from the shards, seen by the operating system.
+# Each serves until its standard input is closed.
 DISPATCHER = """
 import sys
 import tensorflow as tf
@@ -42,8 +41,7 @@ server = tf.data.experimental.service.WorkerServer(
 print("started", flush=True)
 sys.stdin.read()
 assert not any(name.split(".")[0] in ("keras_nonlocal", "av") for name in sys.modules)
-counts = dict(line.split(": ") for line in open("/proc/self/io").read().splitlines())
-print(counts["rchar"], flush=True)
+print("TensorFlow alone", flush=True)
 """
 
 
@@ -90,7 +88,7 @@ def distributed(dataset, address):
 
 
 def test_every_video_once_by_two_workers(index, service):
-    address, workers = service
+    address, _ = service
     assert address.startswith("grpc://")
     fixed = shard_source(index, None, CLIP, True, 5, reshuffle_each_iteration=False)
     expected = {int(number): clip for clip, number, _, _ in fixed.as_numpy_iterator()}
@@ -108,12 +106,11 @@ def test_every_video_once_by_two_workers(index, service):
     assert sum(np.array_equal(passes[0][number], passes[1][number]) for number in range(12)) < 6
 
 
-def test_both_workers_read(index, service, tmp_path):
-    """Each record is of its own size; what a worker has not read, the other has."""
+def test_both_workers_read(index, service):
     address, workers = service
     before = [read_so_far(worker) for worker in workers]
     size = os.path.getsize(f"{index.directory}/{index.files[0]}")
-    # 40 passes, so that both get a share however fast one is
+    # many passes, so that both get a share however fast one is
     dataset = shard_source(index, None, CLIP, False, 5, reshuffle_each_iteration=False).repeat(20)
     assert sum(1 for _ in distributed(dataset, address)) == 240
     assert all(now - then > size for now, then in zip(map(read_so_far, workers), before, strict=True))
@@ -129,5 +126,5 @@ def test_workers_know_tensorflow_alone(service):
     """Run last: asks the workers what they have imported, which ends them."""
     for worker in service[1]:
         worker.stdin.close()
-        assert int(worker.stdout.readline()) > 0
+        assert worker.stdout.readline() == "TensorFlow alone\n"
         assert worker.wait() == 0
