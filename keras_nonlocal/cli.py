@@ -216,6 +216,37 @@ def _convert(args):
     return 0
 
 
+def _shard(args):
+    if (args.verify is None) == (args.out is None) or (args.verify is not None and args.data is not None):
+        raise _BadInput("give either DATA and OUT or --verify OUT")
+
+    from keras_nonlocal.data.annotations import read_annotations
+    from keras_nonlocal.data.shards import read_index, verify_shards, write_shards
+
+    with _reported_as_bad_input():
+        if args.verify is not None:
+            damages = verify_shards(args.verify)
+            for file, damage in damages.items():
+                print(f"{file}: {damage}", file=sys.stderr)
+            if not damages:
+                print(f"{len(read_index(args.verify).files)} shards are as they were written")
+            return 1 if damages else 0
+        index = write_shards(
+            read_annotations(args.data, args.annotations, args.annotation_format, args.split),
+            args.out,
+            shorter_side=args.shorter_side,
+            quality=args.quality,
+            videos_per_shard=args.videos_per_shard,
+            num_parallel_calls=args.num_parallel_calls,
+            on_error=args.on_error,
+        )
+    classes = "" if index.class_names is None else f" of {len(index.class_names)} classes"
+    skipped = len(index.skipped)
+    broken = f"; skipped {skipped} broken file{'s' * (skipped != 1)}, listed in shards.json" if skipped else ""
+    print(f"Wrote {len(index.paths)} videos{classes} in {len(index.files)} shards to {args.out}{broken}")
+    return 0
+
+
 def _annotations(args):
     """Arguments of `video_dataset_from_directory` about what says the labels."""
     return {"annotations": args.annotations, "annotation_format": args.annotation_format, "split": args.split}
@@ -494,6 +525,36 @@ def _parser():
     )
     convert.add_argument("out", metavar="OUT", help="file to write, .weights.h5 or .keras")
     convert.add_argument("--model", choices=NETWORKS, help="network to fill (default: the one that the file is of)")
+
+    shard = _command(
+        commands, "shard", _shard, "writes videos as TFRecord files of JPEG frames, or verifies such files"
+    )
+    shard.add_argument("data", nargs="?", metavar="DATA", help="folder of videos")
+    shard.add_argument(
+        "out",
+        nargs="?",
+        metavar="OUT",
+        help="folder to write to, also s3://… (see the extra `io`); goes on where it was",
+    )
+    shard.add_argument("--verify", metavar="OUT", help="compare the shards of OUT with their checksums instead")
+    shard.add_argument("--annotations", metavar="FILE", help="list of the videos and labels (default: class folders)")
+    shard.add_argument("--annotation-format", metavar="NAME", help="(default: seen from the file)")
+    shard.add_argument("--split", choices=["train", "val", "test"], help="take only these rows of the annotations")
+    shard.add_argument(
+        "--shorter-side", type=_positive, default=320, metavar="N", help="size of the frames (default: %(default)s)"
+    )
+    shard.add_argument(
+        "--quality", type=_positive, default=95, metavar="N", help="of the JPEGs, to 100 (default: %(default)s)"
+    )
+    shard.add_argument(
+        "--videos-per-shard", type=_positive, default=32, metavar="N", help="in one file (default: %(default)s)"
+    )
+    shard.add_argument(
+        "--num-parallel-calls", type=_positive, metavar="N", help="videos decoded at a time (default: all processors)"
+    )
+    shard.add_argument(
+        "--on-error", choices=["skip", "raise"], default="skip", help="of a broken video (default: %(default)s)"
+    )
     return parser
 
 

@@ -185,16 +185,35 @@ class VideoReader:
         if shorter_side is not None and shorter_side < 1:
             raise ValueError(f"`shorter_side` must be at least 1 or None. Received: shorter_side={shorter_side}")
         unique, inverse = np.unique(indices, return_inverse=True)
-        to_rgb = _FrameConverter(shorter_side)
-        images = {}
-        with self._naming_the_path():
-            for run in self._runs(unique):
-                self._decode_run(run, images, to_rgb)
-        missing = len(unique) - len(images)
-        if missing:
-            raise self._error(f"{missing} of the {len(unique)} frames needed do not decode")
-        images = [images[self._pts[index]] for index in unique]
+        images = self._decode(unique, _FrameConverter(shorter_side))
         return np.stack([images[position] for position in inverse])
+
+    def map_frames(self, function, shorter_side=None):
+        """Applies a function to every frame of the video, of which one at a time is held in memory.
+
+        Args:
+            function: Takes a frame, a uint8 array of shape `(H, W, 3)`, RGB.
+            shorter_side: As in `read`, but frames that are smaller stay as they are.
+
+        Returns:
+            A list of what the function returned, in the order of display.
+
+        Raises:
+            VideoError: If some of the frames cannot be decoded.
+        """
+        to_rgb = _FrameConverter(shorter_side, enlarge=False)
+        return self._decode(range(self.num_frames), lambda frame: function(to_rgb(frame)))
+
+    def _decode(self, indices, convert):
+        """What `convert` makes of the frames with these sorted numbers."""
+        converted = {}
+        with self._naming_the_path():
+            for run in self._runs(indices):
+                self._decode_run(run, converted, convert)
+        missing = len(indices) - len(converted)
+        if missing:
+            raise self._error(f"{missing} of the {len(indices)} frames needed do not decode")
+        return [converted[self._pts[index]] for index in indices]
 
     def _key_position(self, pts):
         """Where in the list of key frames the last one at or before `pts` stands, or -1."""
@@ -212,8 +231,8 @@ class VideoReader:
             runs[-1].append(index)
         return runs
 
-    def _decode_run(self, run, images, to_rgb):
-        """Adds the run's frames to `images`, starting at ever earlier key frames as needed."""
+    def _decode_run(self, run, converted, convert):
+        """Adds the run's frames to `converted`, starting at ever earlier key frames as needed."""
         wanted = {self._pts[index] for index in run}
         position = self._key_position(min(wanted))
         # A seek can fail or land late, and a key frame of an "intra refresh" stream is not enough
@@ -227,7 +246,7 @@ class VideoReader:
             for number, frame in enumerate(self._frames(self._packets())):
                 pts = frame.pts if self._by_time else number
                 if pts in wanted:
-                    images[pts] = to_rgb(frame)
+                    converted[pts] = convert(frame)
                     wanted.discard(pts)
                 if not wanted:
                     return
@@ -252,14 +271,18 @@ def _is_shown(packet, stream):
 class _FrameConverter:
     """Frame → upright RGB array, all frames at the size of the first."""
 
-    def __init__(self, shorter_side):
+    def __init__(self, shorter_side, enlarge=True):
         self._shorter_side = shorter_side
+        self._enlarge = enlarge
         self._reformatter = VideoReformatter()
         self._size = None
 
     def __call__(self, frame):
         if self._size is None:
-            self._size = _resized(frame.height, frame.width, self._shorter_side)
+            shorter_side = self._shorter_side
+            if shorter_side is not None and not self._enlarge:
+                shorter_side = min(shorter_side, frame.height, frame.width)
+            self._size = _resized(frame.height, frame.width, shorter_side)
         height, width = self._size
         image = self._reformatter.reformat(
             frame, width, height, "rgb24", interpolation=Interpolation.BILINEAR, threads=1
