@@ -285,7 +285,7 @@ def test_train_builds_the_network_asked_for(videos, tmp_path, untrained):
         (["evaluate", "@BARE", "@OTHER", "--frame-stride", "1", "--image-size", "32"], "those of the model, 2 classes"),
         (
             ["evaluate", "@MODEL", "@DATA", "--resume", "@TEXT"],
-            "that `evaluate_views` wrote, or a new one; its line 1 is",
+            "`evaluate_views` wrote, or a new one; its line 1 is",
         ),
         (
             ["evaluate", "@MODEL", "@DATA", "--fully-convolutional", "--view-reduction", "vote"],
