@@ -16,7 +16,8 @@ import tempfile
 import warnings
 
 from keras_nonlocal.applications.resnet import NETWORKS
-from keras_nonlocal.data.sampling import VIEW_SAMPLERS
+from keras_nonlocal.data.annotations import FORMATS, SPLITS
+from keras_nonlocal.data.sampling import SAMPLERS
 from keras_nonlocal.evaluation import VIEW_REDUCTIONS
 from keras_nonlocal.ops import PAIRWISE
 
@@ -130,13 +131,16 @@ def _evaluate(args):
         dataset = video_dataset_from_directory(
             args.data,
             class_names=classifier.class_names,  # in the order of the scores; a folder that is missing is an error
+            annotations=args.annotations,
+            annotation_format=args.annotation_format,
+            split=args.split,
             # Whole frames have the sizes of their videos.
             batch_size=1 if args.fully_convolutional else max(args.batch_size // (num_clips * num_crops), 1),
             **clips,
         )
         if len(dataset.class_names) != classifier.num_classes:
             raise _BadInput(
-                f"the class folders must be those of the model, {classifier.num_classes} classes. "
+                f"the classes of the videos must be those of the model, {classifier.num_classes} classes. "
                 f"Received: DATA={args.data!r} with {dataset.class_names}"
             )
         result = evaluate_views(
@@ -305,7 +309,7 @@ class _Classifier:
             "image_size": image_size,
             "shorter_side": shorter_side or max(image_size),
             "views": (args.clips, args.crops),
-            "view_sampling": args.view_sampling,
+            "sampling": args.sampling,
         }
 
 
@@ -464,9 +468,17 @@ def _parser():
     )
     train.add_argument("--seed", type=int, default=0, metavar="N", help="(default: %(default)s)")
 
-    evaluate = _command(commands, "evaluate", _evaluate, "measures top-1 and top-5 over several views of each video")
+    evaluate = _command(commands, "evaluate", _evaluate, "measures a model over several views of each video")
     evaluate.add_argument("model", metavar="MODEL", help=model_help)
     evaluate.add_argument("data", metavar="DATA", help=data_help)
+    evaluate.add_argument(
+        "--annotations",
+        metavar="FILE",
+        help="file with the labels of the videos in DATA, such as the CSV files of Kinetics and Charades; with several "
+        "labels a video, mean average precision is measured",
+    )
+    evaluate.add_argument("--annotation-format", choices=FORMATS, help="format of FILE (default: seen from its lines)")
+    evaluate.add_argument("--split", choices=SPLITS, help="rows of FILE to use, if they say their split")
     _views(evaluate, clips=10, crops=3)
     evaluate.add_argument(
         "--fully-convolutional",
@@ -543,8 +555,8 @@ def _views(parser, clips, crops):
         "--crops", type=_positive, default=crops, metavar="N", help="crops of a clip (default: %(default)s)"
     )
     parser.add_argument(
-        "--view-sampling",
-        choices=VIEW_SAMPLERS,
+        "--sampling",
+        choices=SAMPLERS,
         default="recipe",
         help="where the clips start: as in the authors' release, or evenly spread (default: %(default)s)",
     )

@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 
 from keras_nonlocal import NonLocal3D
-from keras_nonlocal.applications import C2DResNet11, preprocess_input
+from keras_nonlocal.applications import C2DResNet11, fully_convolutional, preprocess_input
 from keras_nonlocal.cli import _Classifier, main
 from keras_nonlocal.data import VideoReader, clips, load_views, write_video
 
@@ -175,6 +175,51 @@ def test_evaluate_saves_and_resumes(trained, exported, videos, tmp_path, monkeyp
         scored.clear()
         assert main(["evaluate", str(exported), str(videos), *of_export]) == 0
         assert sum(scored) == expected
+    line = error_of(capsys, ["evaluate", exported, videos, "--fully-convolutional", *of_export[4:]])
+    assert line == f"--fully-convolutional needs a .keras file. Received: MODEL={str(exported)!r}"
+
+
+def test_evaluate_scores_whole_frames(trained, videos, tmp_path, capsys):
+    file = tmp_path / "scores.jsonl"
+    options = ["--fully-convolutional", "--clips", "2", "--resume", str(file)]
+    assert main(["evaluate", str(trained), str(videos), *options]) == 0
+    assert "8 videos, 2 views of each" in capsys.readouterr().out
+    whole = fully_convolutional(keras.saving.load_model(trained), 32)
+    scores = [json.loads(line)["scores"] for line in file.read_text().splitlines()[1:]]
+    for found, path in zip(scores, sorted(videos.rglob("*.mp4")), strict=True):
+        views = load_views(path, 4, 1, views=(2, 1), shorter_side=32, image_size="whole")
+        assert views.shape == (2, 4, 32, 40, 3)
+        np.testing.assert_allclose(found, np.mean(whole(preprocess_input(views)), axis=0), atol=1e-5)
+
+
+def test_evaluate_takes_several_labels_a_video(videos, tmp_path, capsys):
+    """As the rows of Charades give them: the classes of a video, with their times."""
+    data, model, file = tmp_path / "data", tmp_path / "model.keras", tmp_path / "scores.jsonl"
+    data.mkdir()
+    C2DResNet11(input_shape=(4, 32, 32, 3), classes=157, classifier_activation="sigmoid").save(model)
+    actions = {"AAAAA": [3, 7], "BBBBB": [], "CCCCC": [7], "DDDDD": [0, 3]}
+    rows = ["id,actions"]
+    for number, (name, classes) in enumerate(actions.items()):
+        shutil.copy(videos / ("red", "blue")[number % 2] / f"{number}.mp4", data / f"{name}.mp4")
+        rows.append(f"{name}," + ";".join(f"c{k:03} 0.00 1.00" for k in classes))
+    (tmp_path / "test.csv").write_text("\n".join(rows) + "\n")
+    options = ["--annotations", tmp_path / "test.csv", "--clips", 2, "--crops", 1, "--frame-stride", 1]
+    options += ["--resume", file, "--json", tmp_path / "figures.json", "--out", tmp_path / "out"]
+    assert main(["evaluate", str(model), str(data), *map(str, options)]) == 0
+    figures = json.loads((tmp_path / "figures.json").read_text())
+    scores = np.array([json.loads(line)["scores"] for line in file.read_text().splitlines()[1:]])
+    expected = {}
+    for k in (0, 3, 7):
+        shown = [k in actions[name] for name in np.array(list(actions))[np.argsort(-scores[:, k])]]
+        places = np.flatnonzero(shown) + 1
+        expected[k] = np.mean(np.arange(1, len(places) + 1) / places)
+    assert {k: value for k, value in enumerate(figures["per_class"]) if value is not None} == pytest.approx(expected)
+    assert figures["mean_average_precision"] == pytest.approx(np.mean(list(expected.values())))
+    printed = capsys.readouterr().out
+    assert (
+        f"mean average precision  {figures['mean_average_precision']:.4f}  (of 3 classes)\n4 videos, 2 views" in printed
+    )
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["per_class.csv", "summary.json"]
 
 
 def test_predict_averages_the_views(trained, videos, capsys):
@@ -200,7 +245,7 @@ def test_predict_prints_the_best_classes(trained, videos, capsys):
 
 def test_a_saved_model_gives_the_scores_of_the_keras_file(trained, exported, videos, capsys):
     file = videos / "blue" / "0.mp4"
-    views = ["--clips", 2, "--frame-stride", 1, "--image-size", 32, "--view-sampling", "even"]
+    views = ["--clips", 2, "--frame-stride", 1, "--image-size", 32, "--sampling", "even"]
     (expected,) = predictions(capsys, [trained, file, *views])
     (result,) = predictions(capsys, [exported, file, *views])
     for a, b in zip(result["predictions"], expected["predictions"], strict=True):
