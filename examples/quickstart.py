@@ -434,7 +434,9 @@ def main(argv=None):
         row_started = time.perf_counter()
         train_row(model, train, size.clip_epochs)
         seconds = time.perf_counter() - row_started
-        found = evaluation.evaluate_views(model, test, applications.preprocess_input, view_batch_size=96)
+        found = evaluation.evaluate_views(
+            model, test, preprocess_input=applications.preprocess_input, view_batch_size=96
+        )
         results["rows"].append(
             {
                 "name": row,

@@ -18,6 +18,7 @@ import warnings
 from keras_nonlocal.applications.resnet import NETWORKS
 from keras_nonlocal.data.annotations import FORMATS, SPLITS
 from keras_nonlocal.data.sampling import SAMPLERS
+from keras_nonlocal.evaluation import VIEW_REDUCTIONS
 from keras_nonlocal.ops import PAIRWISE
 
 # What `train` writes beside the model, so that the other commands prepare clips as it did.
@@ -124,44 +125,40 @@ def _evaluate(args):
     from keras_nonlocal.data import video_dataset_from_directory
     from keras_nonlocal.evaluation import evaluate_views
 
-    views = clips.pop("views")
     with _reported_as_bad_input():
+        if args.fully_convolutional:
+            classifier.make_fully_convolutional(args.image_size)
+            clips |= {"views": (args.clips, 1), "image_size": "whole"}
+        num_clips, num_crops = clips["views"]
         dataset = video_dataset_from_directory(
             args.data,
             class_names=classifier.class_names,  # in the order of the scores; a folder that is missing is an error
-            batch_size=max(args.batch_size // math.prod(views), 1),
-            views=views,
+            # Whole frames have the sizes of their videos.
+            batch_size=1 if args.fully_convolutional else max(args.batch_size // (num_clips * num_crops), 1),
             **_annotations(args),
             **clips,
         )
         if len(dataset.class_names) != classifier.num_classes:
             raise _BadInput(
-                f"the class folders must be those of the model, {classifier.num_classes} classes. "
+                f"the classes of the videos must be those of the model, {classifier.num_classes} classes. "
                 f"Received: DATA={args.data!r} with {dataset.class_names}"
             )
-        result = evaluate_views(classifier, dataset, view_batch_size=args.batch_size)
-    names = dataset.class_names
-    low, high = result.interval
-    print(f"top-1  {result.top_1:.4f}  (95 % interval {low:.4f} to {high:.4f})")
-    print(f"top-5  {result.top_5:.4f}")
-    print(f"{result.num_videos} videos, {result.num_views} views of each; {dataset.report.summary()}")
-    totals, width = result.confusion.sum(axis=1), max(len("class"), *map(len, names))
-    print(f"\n{'class':<{width}}  videos   top-1")
-    for name, total, right in zip(names, totals, result.per_class, strict=True):
-        print(f"{name:<{width}}  {total:>6}  {'-' if total == 0 else format(right, '.4f'):>6}")
-    if args.json:
-        figures = {
-            "top_1": result.top_1,
-            "top_5": result.top_5,
-            "interval": list(result.interval),
-            "num_videos": result.num_videos,
-            "num_views": result.num_views,
-            "class_names": names,
-            "per_class": [None if math.isnan(right) else right for right in result.per_class.tolist()],
-            "confusion": result.confusion.tolist(),
-            "broken": dataset.report.broken,
-        }
-        with _reported_as_bad_input():
+        result = evaluate_views(
+            classifier,
+            dataset,
+            num_clips,
+            num_crops,
+            view_reduction=args.view_reduction,
+            view_batch_size=args.batch_size,
+            resume=args.resume,
+        )
+        print(result.headline())
+        print(f"{result.num_videos} videos, {result.num_views} views of each; {dataset.report.summary()}")
+        print(f"\n{result.table()}")
+        if args.out:
+            print(f"\nWrote {', '.join(result.save(args.out))}")
+        if args.json:
+            figures = result.figures() | {"broken": dataset.report.broken}
             _write_text(pathlib.Path(args.json), json.dumps(figures, indent=2) + "\n")
     return 0
 
@@ -232,7 +229,7 @@ def _shard(args):
                 print(f"{len(read_index(args.verify).files)} shards are as they were written")
             return 1 if damages else 0
         index = write_shards(
-            read_annotations(args.data, args.annotations, args.annotation_format, args.split),
+            read_annotations(args.data, **_annotations(args)),
             args.out,
             shorter_side=args.shorter_side,
             quality=args.quality,
@@ -286,6 +283,7 @@ class _Classifier:
             self.num_classes = signature.structured_outputs["scores"].shape[-1]
             self.class_names = read_class_names(self.path) or self.class_names
         self._predict = lambda clips: signature(clips=tf.constant(clips))["scores"].numpy()
+        self.get_weights = lambda: [variable.numpy() for variable in signature.variables]
 
     def _load_keras(self):
         model = _load_keras(self.path)
@@ -293,6 +291,18 @@ class _Classifier:
         from keras_nonlocal.applications import preprocess_input
 
         self.clip_shape, self.num_classes = tuple(model.input_shape[1:]), model.output_shape[-1]
+        self._predict = lambda clips: model.predict_on_batch(preprocess_input(clips))
+        self.get_weights = model.get_weights
+        self._model = model
+
+    def make_fully_convolutional(self, image_size):
+        """From now on it takes whole frames, and scores them at every position of the crops of its training."""
+        from keras_nonlocal.applications import fully_convolutional, preprocess_input
+
+        if os.path.isdir(self.path):
+            raise _BadInput(f"--fully-convolutional needs a .keras file. Received: MODEL={self.path!r}")
+        trained = self.settings.get("image_size") if None in self.clip_shape[1:3] else None
+        model = fully_convolutional(self._model, image_size or trained)
         self._predict = lambda clips: model.predict_on_batch(preprocess_input(clips))
 
     def predict_on_batch(self, clips):
@@ -496,11 +506,24 @@ def _parser():
     )
     train.add_argument("--seed", type=int, default=0, metavar="N", help="(default: %(default)s)")
 
-    evaluate = _command(commands, "evaluate", _evaluate, "measures top-1 and top-5 over several views of each video")
+    evaluate = _command(commands, "evaluate", _evaluate, "measures a model over several views of each video")
     evaluate.add_argument("model", metavar="MODEL", help=model_help)
     evaluate.add_argument("data", metavar="DATA", help=data_help)
     _annotation_options(evaluate)
     _views(evaluate, clips=10, crops=3)
+    evaluate.add_argument(
+        "--fully-convolutional",
+        action="store_true",
+        help="score whole frames at every position of the crop of --image-size (default: as trained), without --crops",
+    )
+    evaluate.add_argument(
+        "--view-reduction",
+        choices=VIEW_REDUCTIONS,
+        default="mean",
+        help="from the scores of the views to those of the video (default: %(default)s)",
+    )
+    evaluate.add_argument("--out", metavar="DIR", help="also write the figures, the tables and the confusion matrix")
+    evaluate.add_argument("--resume", metavar="FILE", help="keep the scores of videos here, and take those that it has")
     evaluate.add_argument("--json", metavar="FILE", help="also write the figures to this file")
 
     predict = _command(commands, "predict", _predict, "names the classes of videos")
@@ -537,9 +560,7 @@ def _parser():
         help="folder to write to, also s3://… (see the extra `io`); goes on where it was",
     )
     shard.add_argument("--verify", metavar="OUT", help="compare the shards of OUT with their checksums instead")
-    shard.add_argument("--annotations", metavar="FILE", help="list of the videos and labels (default: class folders)")
-    shard.add_argument("--annotation-format", metavar="NAME", help="(default: seen from the file)")
-    shard.add_argument("--split", choices=["train", "val", "test"], help="take only these rows of the annotations")
+    _annotation_options(shard)
     shard.add_argument(
         "--shorter-side", type=_positive, default=320, metavar="N", help="size of the frames (default: %(default)s)"
     )

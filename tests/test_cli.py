@@ -1,6 +1,8 @@
 """The command line, in process, on tiny rendered videos: from a folder of classes to a served model."""
 
+import collections
 import contextlib
+import csv
 import errno
 import io
 import json
@@ -16,9 +18,9 @@ import numpy as np
 import pytest
 
 from keras_nonlocal import NonLocal3D
-from keras_nonlocal.applications import C2DResNet11, preprocess_input
-from keras_nonlocal.cli import main
-from keras_nonlocal.data import load_views, write_video
+from keras_nonlocal.applications import C2DResNet11, fully_convolutional, preprocess_input
+from keras_nonlocal.cli import _Classifier, main
+from keras_nonlocal.data import VideoReader, clips, load_views, write_video
 
 ROOT = Path(__file__).resolve().parent.parent
 COLOURS = {"blue": (20, 20, 230), "red": (230, 20, 20)}
@@ -108,7 +110,9 @@ def test_evaluate_prints_and_writes_the_figures(trained, videos, tmp_path, capsy
     # 8 of 9: Wilson's interval by hand, centre (8/9 + 1.9207/9) / (1 + 3.8415/9), half-width 0.2116.
     assert "top-1  0.8889  (95 % interval 0.5650 to 0.9801)\ntop-5  1.0000\n" in printed
     assert "9 videos, 6 views of each; decoded 9 videos; skipped 1 broken file: broken.mp4 (" in printed
-    assert printed.endswith("\nclass  videos   top-1\nblue        5  0.8000\nred         4  1.0000\n")
+    assert printed.endswith(
+        "\n\nclass  videos   top-1   top-5\nblue        5  0.8000  1.0000\nred         4  1.0000  1.0000\n"
+    )
     figures = json.loads((tmp_path / "f.json").read_text())
     assert figures["confusion"] == [[4, 1], [0, 4]]
     assert figures["per_class"] == [0.8, 1.0]
@@ -123,7 +127,9 @@ def test_evaluate_reads_annotations(trained, videos, tmp_path, capsys):
     assert main(["evaluate", str(trained), str(videos), *arguments]) == 0
     printed = capsys.readouterr().out
     assert "\n3 videos, 1 views of each; decoded 3 videos; skipped 1 wrong row of the annotations\n" in printed
-    assert printed.endswith("\nclass  videos   top-1\nblue        1  1.0000\nred         2  0.5000\n")
+    assert printed.endswith(
+        "\nclass  videos   top-1   top-5\nblue        1  1.0000  1.0000\nred         2  0.5000  1.0000\n"
+    )
     line = error_of(capsys, ["evaluate", trained, videos, *arguments, "--split", "val"])
     assert line == "`split` needs a format with splits; 'list' has none. Received: split='val'"
 
@@ -139,6 +145,107 @@ def test_train_on_several_labels_a_video(videos, tmp_path, monkeypatch):
     assert losses == ["binary_crossentropy"]
     names = json.loads((tmp_path / "m.keras.json").read_text())["class_names"]
     assert names[0] == "c000" and len(names) == 157
+
+
+class _CountedReader(VideoReader):
+    """Counts how often files are opened and frames are read."""
+
+    opened, frames = collections.Counter(), collections.Counter()
+
+    def __init__(self, path, *args, **kwargs):
+        super().__init__(path, *args, **kwargs)
+        self.path_of_count = str(path)
+        self.opened[str(path)] += 1
+
+    def read(self, indices, *args, **kwargs):
+        self.frames.update((self.path_of_count, int(index)) for index in indices)
+        return super().read(indices, *args, **kwargs)
+
+
+def test_evaluate_decodes_the_frames_of_a_video_once(trained, videos, monkeypatch, capsys):
+    """30 views of 4 frames, of videos of 6 frames, each opened and each of its frames read once."""
+    monkeypatch.setattr(clips, "VideoReader", _CountedReader)
+    _CountedReader.opened.clear()
+    _CountedReader.frames.clear()
+    assert main(["evaluate", str(trained), str(videos)]) == 0
+    assert "8 videos, 30 views of each" in capsys.readouterr().out
+    files = {str(path) for path in videos.rglob("*.mp4")}
+    assert _CountedReader.opened == dict.fromkeys(files, 1)
+    assert _CountedReader.frames == {(file, index): 1 for file in files for index in range(6)}
+
+
+def test_evaluate_saves_and_resumes(trained, exported, videos, tmp_path, monkeypatch, capsys):
+    options = ["--clips", "2", "--resume", str(tmp_path / "scores.jsonl"), "--view-reduction", "max"]
+    assert main(["evaluate", str(trained), str(videos), *options, "--out", str(tmp_path / "out")]) == 0
+    printed = capsys.readouterr().out
+    assert f"Wrote {tmp_path}/out/summary.json, {tmp_path}/out/per_class.csv, " in printed
+    assert json.loads((tmp_path / "out" / "summary.json").read_text())["top_1"] == 1.0
+    with open(tmp_path / "out" / "confusion.csv", newline="") as file:
+        assert list(csv.reader(file)) == [["true \\ predicted", "blue", "red"], ["blue", "4", "0"], ["red", "0", "4"]]
+    scored = []
+    predict = _Classifier.predict_on_batch
+    monkeypatch.setattr(
+        _Classifier, "predict_on_batch", lambda self, clips: scored.append(len(clips)) or predict(self, clips)
+    )
+    assert main(["evaluate", str(trained), str(videos), *options]) == 0
+    assert sum(scored) == 6 and "top-1  1.0000" in capsys.readouterr().out
+    line = error_of(capsys, ["evaluate", trained, videos, *options[:-1], "mean"])
+    assert "It is of another `view_reduction`: view_reduction 'max', not 'mean'." in line
+    other = tmp_path / "other.keras"
+    C2DResNet11(input_shape=(4, None, None, 3), classes=2, non_local=1).save(other)
+    shutil.copy(f"{trained}.json", f"{other}.json")
+    assert "It is of a model of other weights" in error_of(capsys, ["evaluate", other, videos, *options])
+    # An export's weights are read, too.
+    of_export = [*options[:2], "--resume", str(tmp_path / "export.jsonl"), "--frame-stride", "1", "--image-size", "32"]
+    for expected in (8 * 6, 6):
+        scored.clear()
+        assert main(["evaluate", str(exported), str(videos), *of_export]) == 0
+        assert sum(scored) == expected
+    line = error_of(capsys, ["evaluate", exported, videos, "--fully-convolutional", *of_export[4:]])
+    assert line == f"--fully-convolutional needs a .keras file. Received: MODEL={str(exported)!r}"
+
+
+def test_evaluate_scores_whole_frames(trained, videos, tmp_path, capsys):
+    file = tmp_path / "scores.jsonl"
+    options = ["--fully-convolutional", "--clips", "2", "--resume", str(file)]
+    assert main(["evaluate", str(trained), str(videos), *options]) == 0
+    assert "8 videos, 2 views of each" in capsys.readouterr().out
+    whole = fully_convolutional(keras.saving.load_model(trained), 32)
+    scores = [json.loads(line)["scores"] for line in file.read_text().splitlines()[1:]]
+    for found, path in zip(scores, sorted(videos.rglob("*.mp4")), strict=True):
+        views = load_views(path, 4, 1, views=(2, 1), shorter_side=32, image_size="whole")
+        assert views.shape == (2, 4, 32, 40, 3)
+        np.testing.assert_allclose(found, np.mean(whole(preprocess_input(views)), axis=0), atol=1e-5)
+
+
+def test_evaluate_takes_several_labels_a_video(videos, tmp_path, capsys):
+    """As the rows of Charades give them: the classes of a video, with their times."""
+    data, model, file = tmp_path / "data", tmp_path / "model.keras", tmp_path / "scores.jsonl"
+    data.mkdir()
+    C2DResNet11(input_shape=(4, 32, 32, 3), classes=157, classifier_activation="sigmoid").save(model)
+    actions = {"AAAAA": [3, 7], "BBBBB": [], "CCCCC": [7], "DDDDD": [0, 3]}
+    rows = ["id,actions"]
+    for number, (name, classes) in enumerate(actions.items()):
+        shutil.copy(videos / ("red", "blue")[number % 2] / f"{number}.mp4", data / f"{name}.mp4")
+        rows.append(f"{name}," + ";".join(f"c{k:03} 0.00 1.00" for k in classes))
+    (tmp_path / "test.csv").write_text("\n".join(rows) + "\n")
+    options = ["--annotations", tmp_path / "test.csv", "--clips", 2, "--crops", 1, "--frame-stride", 1]
+    options += ["--resume", file, "--json", tmp_path / "figures.json", "--out", tmp_path / "out"]
+    assert main(["evaluate", str(model), str(data), *map(str, options)]) == 0
+    figures = json.loads((tmp_path / "figures.json").read_text())
+    scores = np.array([json.loads(line)["scores"] for line in file.read_text().splitlines()[1:]])
+    expected = {}
+    for k in (0, 3, 7):
+        shown = [k in actions[name] for name in np.array(list(actions))[np.argsort(-scores[:, k])]]
+        places = np.flatnonzero(shown) + 1
+        expected[k] = np.mean(np.arange(1, len(places) + 1) / places)
+    assert {k: value for k, value in enumerate(figures["per_class"]) if value is not None} == pytest.approx(expected)
+    assert figures["mean_average_precision"] == pytest.approx(np.mean(list(expected.values())))
+    printed = capsys.readouterr().out
+    assert (
+        f"mean average precision  {figures['mean_average_precision']:.4f}  (of 3 classes)\n4 videos, 2 views" in printed
+    )
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["per_class.csv", "summary.json"]
 
 
 def test_predict_averages_the_views(trained, videos, capsys):
@@ -261,6 +368,14 @@ def test_train_starts_a_new_head(trained, videos, tmp_path, untrained):
             "must be sub-directories of @OTHER, which has ['a', 'b', 'c']. Received: class_names=['blue', 'red']",
         ),
         (["evaluate", "@BARE", "@OTHER", "--frame-stride", "1", "--image-size", "32"], "those of the model, 2 classes"),
+        (
+            ["evaluate", "@MODEL", "@DATA", "--resume", "@TEXT"],
+            "`evaluate_views` wrote, or a new one; its line 1 is",
+        ),
+        (
+            ["evaluate", "@MODEL", "@DATA", "--fully-convolutional", "--view-reduction", "vote"],
+            "invalid choice: 'vote'",
+        ),
         (["predict", "@TEXT", "a.mp4"], "cannot load @TEXT: File not found: filepath=@TEXT. Please ensure"),
         (["predict", "missing.keras", "a.mp4"], "MODEL must be a .keras file or an exported SavedModel"),
         (["predict", "@DATA", "a.mp4"], "cannot load @DATA: SavedModel file does not exist"),

@@ -1,6 +1,7 @@
 """Ready networks, what they cost, and non-local blocks for any other."""
 
 from keras_nonlocal.applications.conversion import Conversion, convert_checkpoint
+from keras_nonlocal.applications.convolutional import fully_convolutional
 from keras_nonlocal.applications.heads import keypoint_head
 from keras_nonlocal.applications.labels import decode_predictions
 from keras_nonlocal.applications.resnet import (
@@ -27,6 +28,7 @@ __all__ = [
     "SummaryRow",
     "convert_checkpoint",
     "decode_predictions",
+    "fully_convolutional",
     "inflate_weights",
     "insert_non_local",
     "keypoint_head",
