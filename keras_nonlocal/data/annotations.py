@@ -70,6 +70,7 @@ class Source:
     classes: tuple | None = None
 
     def open(self):
+        """Opens the annotation file as text; bytes that are none become a mark."""
         return open(self.path, encoding="utf-8-sig", errors="replace", newline="")
 
     def beside(self, name):
@@ -113,7 +114,7 @@ class Format:
         rows: Function `(source)` to an iterator of `(line number, raw row)`.
         parse: Function `(source, raw row)` to a `Row`; raises `WrongRow`.
         find: Function `(source, row)` to the path of the row's video, or `None` if there is none.
-        class_names: Function `(source)` to the names of the classes, if the format says them; otherwise they are the
+        class_names: Function `(source)` to the names of the classes, if the format says them; `None`: they are the
             labels in alphanumeric order, or the numbers up to the largest label.
         is_multi_label: Whether a video can have several labels.
         has_splits: Whether rows say their split.
@@ -123,7 +124,7 @@ class Format:
     rows: Callable
     parse: Callable
     find: Callable
-    class_names: Callable = lambda source: None
+    class_names: Callable | None = None
     is_multi_label: bool = False
     has_splits: bool = False
 
@@ -509,8 +510,8 @@ def _read(source, chosen_format, split, labels, on_error):
         skipped.append(message)
         _LOGGER.warning("Skipped a wrong row. %s", message)
 
-    names = chosen_format.class_names(source)
-    source = dataclasses.replace(source, classes=None if names is None else tuple(names))
+    if chosen_format.class_names is not None:
+        source = dataclasses.replace(source, classes=tuple(chosen_format.class_names(source)))
     rows = []
     for place, raw in chosen_format.rows(source):
         try:

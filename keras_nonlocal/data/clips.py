@@ -64,7 +64,7 @@ def clip_options(
         )
     if image_size is None:
         image_size = (224, 224) if views is None else (256, 256)
-    elif is_positive_integer(image_size):
+    elif _is_positive_integer(image_size):
         image_size = (image_size, image_size)
     if not is_whole and not _is_pair(image_size):
         raise ValueError(
@@ -73,8 +73,8 @@ def clip_options(
         )
     if shorter_side is None:
         shorter_side = (256, 320) if views is None else 256
-    low_high = (shorter_side,) * 2 if is_positive_integer(shorter_side) else shorter_side
-    if views is not None and not is_positive_integer(shorter_side):
+    low_high = (shorter_side,) * 2 if _is_positive_integer(shorter_side) else shorter_side
+    if views is not None and not _is_positive_integer(shorter_side):
         raise ValueError(
             "`shorter_side` must be a positive integer with `views`. "
             f"Received: shorter_side={shorter_side!r}, views={views}"
@@ -102,16 +102,16 @@ def clip_options(
 def check_positive(**values):
     """Raises a `ValueError` unless all values are positive integers."""
     for name, value in values.items():
-        if not is_positive_integer(value):
+        if not _is_positive_integer(value):
             raise ValueError(f"`{name}` must be a positive integer. Received: {name}={value!r}")
 
 
-def is_positive_integer(value):
+def _is_positive_integer(value):
     return isinstance(value, (int, np.integer)) and not isinstance(value, bool) and value > 0
 
 
 def _is_pair(value):
-    return isinstance(value, (tuple, list)) and len(value) == 2 and all(map(is_positive_integer, value))
+    return isinstance(value, (tuple, list)) and len(value) == 2 and all(map(_is_positive_integer, value))
 
 
 def load_clip(path, clip, seed):
