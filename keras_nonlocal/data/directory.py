@@ -174,7 +174,8 @@ def video_dataset_from_directory(
             `keras_nonlocal.data.training_indices` and `view_indices`.
         shuffle: Whether to draw a random order of the videos; otherwise it is alphanumeric, or that of `annotations`.
             Defaults to `True` without `views`, `False` with them.
-        reshuffle_each_iteration: Whether to draw a new order for each pass. The clips are new in each pass anyway.
+        reshuffle_each_iteration: Whether to draw a new order for each pass. The clips of files are new in each pass
+            anyway; those of shards repeat with the order.
         seed: Integer seed of the order, the split and the random clips. `None` takes one from
             NumPy's global generator, which `keras.utils.set_random_seed` sets.
         validation_split: Float between 0 and 1, the fraction of the videos reserved for validation.
@@ -184,7 +185,8 @@ def video_dataset_from_directory(
             returns a pair of datasets, of which the validation one is never shuffled.
         follow_links: Whether to visit sub-directories that are symbolic links.
         shard: Pair `(num_shards, index)`: only every `num_shards`-th video of each pass, from the `index`-th on.
-            Several workers with one `seed` and their own `index` share the videos of every pass among them.
+            Several workers with one `seed` and their own `index` share the videos of every pass among them: files
+            anew in each pass, of a directory of shards each worker keeps its own.
         service: String such as `"grpc://localhost:5000"`, the dispatcher of a `tf.data` service whose workers decode.
             Needs a directory of shards. Each video comes once in a pass, in no certain order.
         num_parallel_calls: Integer, how many videos are decoded at a time. `None` lets `tf.data`
