@@ -207,7 +207,7 @@ def test_dataset(root):
         num_frames=NUM_FRAMES,
         frame_stride=FRAME_STRIDE,
         views=(2, 3),
-        view_sampling="even",  # the recipe's wrapping starts would put the question before the cue
+        sampling="even",  # the recipe's wrapping starts would put the question before the cue
         image_size=CROP,
         shorter_side=HEIGHT,
     )

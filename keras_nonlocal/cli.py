@@ -16,7 +16,7 @@ import tempfile
 import warnings
 
 from keras_nonlocal.applications.resnet import NETWORKS
-from keras_nonlocal.data.sampling import VIEW_SAMPLERS
+from keras_nonlocal.data.sampling import SAMPLERS
 from keras_nonlocal.ops import PAIRWISE
 
 # What `train` writes beside the model, so that the other commands prepare clips as it did.
@@ -295,7 +295,7 @@ class _Classifier:
             "image_size": image_size,
             "shorter_side": shorter_side or max(image_size),
             "views": (args.clips, args.crops),
-            "view_sampling": args.view_sampling,
+            "sampling": args.sampling,
         }
 
 
@@ -520,8 +520,8 @@ def _views(parser, clips, crops):
         "--crops", type=_positive, default=crops, metavar="N", help="crops of a clip (default: %(default)s)"
     )
     parser.add_argument(
-        "--view-sampling",
-        choices=VIEW_SAMPLERS,
+        "--sampling",
+        choices=SAMPLERS,
         default="recipe",
         help="where the clips start: as in the authors' release, or evenly spread (default: %(default)s)",
     )

@@ -140,7 +140,7 @@ def test_predict_prints_the_best_classes(trained, videos, capsys):
 
 def test_a_saved_model_gives_the_scores_of_the_keras_file(trained, exported, videos, capsys):
     file = videos / "blue" / "0.mp4"
-    views = ["--clips", 2, "--frame-stride", 1, "--image-size", 32, "--view-sampling", "even"]
+    views = ["--clips", 2, "--frame-stride", 1, "--image-size", 32, "--sampling", "even"]
     (expected,) = predictions(capsys, [trained, file, *views])
     (result,) = predictions(capsys, [exported, file, *views])
     for a, b in zip(result["predictions"], expected["predictions"], strict=True):

@@ -8,7 +8,7 @@ import dataclasses
 import numpy as np
 
 from .decode import VideoReader
-from .sampling import random_crop_offset, training_indices, view_crop_offsets, view_indices
+from .sampling import random_crop_position, training_indices, view_crop_positions, view_indices
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,7 +63,7 @@ def load_training_clip(path, num_frames, frame_stride, shorter_side, image_size,
     with VideoReader(path) as video:
         indices = training_indices(video.num_frames, num_frames, frame_stride, rng)
         frames = video.read(indices, int(rng.integers(*shorter_side, endpoint=True)))
-    top, left = random_crop_offset(*frames.shape[1:3], image_size, rng)
+    top, left = random_crop_position(*frames.shape[1:3], image_size, rng.random(2))
     clip = frames[:, top : top + image_size[0], left : left + image_size[1]]
     return clip[:, :, ::-1] if horizontal_flip and rng.random() < 0.5 else clip
 
@@ -75,7 +75,7 @@ def load_views(
     views=(10, 3),
     shorter_side=256,
     image_size=(256, 256),
-    view_sampling="recipe",
+    sampling="recipe",
 ):
     """Loads the views that a video is tested on, decoding each frame once.
 
@@ -88,7 +88,7 @@ def load_views(
         views: Pair `(num_clips, num_crops)`.
         shorter_side: Integer, the size to which the frames' shorter side is resized, in pixels.
         image_size: Pair `(height, width)` of the crops, at most `shorter_side` each.
-        view_sampling: `"recipe"` or `"even"`, see `view_indices`.
+        sampling: `"recipe"` or `"even"`, see `view_indices`.
 
     Returns:
         A uint8 array of shape `(num_clips * num_crops, T, height, width, 3)`: all crops of the
@@ -100,10 +100,10 @@ def load_views(
     num_clips, num_crops = views
     height, width = image_size
     with VideoReader(path) as video:
-        indices = view_indices(video.num_frames, num_frames, frame_stride, num_clips, view_sampling)
+        indices = view_indices(video.num_frames, num_frames, frame_stride, num_clips, sampling)
         unique, inverse = np.unique(indices, return_inverse=True)
         frames = video.read(unique, shorter_side)
-    offsets = view_crop_offsets(*frames.shape[1:3], image_size, num_crops)
+    offsets = view_crop_positions(*frames.shape[1:3], image_size, num_crops)
     clips = np.empty((num_clips, num_crops, num_frames, height, width, 3), "uint8")
     for crop, (top, left) in enumerate(offsets):
         cropped = frames[:, top : top + height, left : left + width]

@@ -85,7 +85,7 @@ def video_dataset_from_directory(
     shorter_side=None,
     horizontal_flip=None,
     views=None,
-    view_sampling="recipe",
+    sampling="recipe",
     shuffle=None,
     seed=None,
     validation_split=None,
@@ -137,7 +137,7 @@ def video_dataset_from_directory(
         horizontal_flip: Whether to mirror every second clip at random. Defaults to `True` without
             `views`; must not be true with them.
         views: `None`, or a pair `(num_clips, num_crops)`; the paper's is `(10, 3)`.
-        view_sampling: Where the clips of the views start: `"recipe"` or `"even"`, see
+        sampling: Where the clips of the views start: `"recipe"` or `"even"`, see
             `keras_nonlocal.data.view_indices`.
         shuffle: Whether to draw a new order of the videos for each pass; otherwise the order is
             alphanumeric. Defaults to `True` without `views`, `False` with them.
@@ -199,7 +199,7 @@ def video_dataset_from_directory(
     if seed is None:
         seed = int(np.random.randint(1_000_000))
     load, clip_shape = _clip_loader(
-        num_frames, frame_stride, image_size, shorter_side, horizontal_flip, views, view_sampling
+        num_frames, frame_stride, image_size, shorter_side, horizontal_flip, views, sampling
     )
     if shuffle is None:
         shuffle = views is None
@@ -276,7 +276,7 @@ def _check_split(validation_split, subset, seed):
         )
 
 
-def _clip_loader(num_frames, frame_stride, image_size, shorter_side, horizontal_flip, views, view_sampling):
+def _clip_loader(num_frames, frame_stride, image_size, shorter_side, horizontal_flip, views, sampling):
     """Checks the arguments; returns `load(path, seed) -> clip` and the clip's shape."""
     if image_size is None:
         image_size = (224, 224) if views is None else (256, 256)
@@ -298,7 +298,7 @@ def _clip_loader(num_frames, frame_stride, image_size, shorter_side, horizontal_
     else:
         if not _is_pair(views):
             raise ValueError(f"`views` must be None or a pair (num_clips, num_crops). Received: views={views!r}")
-        check_sampling(view_sampling, "view_sampling")
+        check_sampling(sampling)
         if horizontal_flip:
             raise ValueError(f"`views` are never flipped. Received: horizontal_flip={horizontal_flip}, views={views}")
         if not _is_positive_integer(shorter_side):
@@ -317,7 +317,7 @@ def _clip_loader(num_frames, frame_stride, image_size, shorter_side, horizontal_
     if views is not None:
 
         def load(path, seed):
-            return load_views(path, num_frames, frame_stride, views, shorter_side, image_size, view_sampling)
+            return load_views(path, num_frames, frame_stride, views, shorter_side, image_size, sampling)
 
         return load, (views[0] * views[1], *clip_shape)
 
