@@ -16,6 +16,8 @@ import tempfile
 import warnings
 
 from keras_nonlocal.applications.resnet import NETWORKS
+from keras_nonlocal.data.annotations import FORMATS as ANNOTATION_FORMATS
+from keras_nonlocal.data.annotations import SPLITS
 from keras_nonlocal.data.sampling import SAMPLERS
 from keras_nonlocal.ops import PAIRWISE
 
@@ -189,6 +191,34 @@ def _predict(args):
         else:
             print("\n".join([video, *(f"  {scores[index]:.4f}  {names[index]}" for index in best)]), flush=True)
     return exit_code
+
+
+def _inspect(args):
+    if not args.out.endswith(".png"):
+        raise _BadInput(f"--out must end with .png. Received: --out {args.out}")
+
+    from keras_nonlocal.data import inspect_videos
+
+    with _reported_as_bad_input():
+        inspection = inspect_videos(
+            args.data,
+            args.annotations,
+            args.annotation_format,
+            args.split,
+            contact_sheet=args.out,
+            num_clips=args.clips,
+            num_frames=args.num_frames,
+            frame_stride=args.frame_stride,
+            image_size=args.image_size,
+            shorter_side=tuple(args.shorter_side),
+            horizontal_flip=not args.no_flip,
+            seed=args.seed,
+        )
+    print(inspection.summary())
+    if not inspection.facts:
+        raise _BadInput(f"no video can be decoded. Received: DATA={args.data!r}")
+    print(f"Wrote {inspection.contact_sheet}")
+    return 0
 
 
 def _export(args):
@@ -432,16 +462,7 @@ def _parser():
     train.add_argument("--non-local", type=int, metavar="N", help="non-local blocks (default: the network's)")
     train.add_argument("--pairwise", choices=PAIRWISE, help="pairwise function (default: embedded_gaussian)")
     train.add_argument("--weights", metavar="PATH", help="weights to start from: a file of Keras or of another project")
-    _sizes(train, num_frames=8, frame_stride=8, image_size=224)
-    train.add_argument(
-        "--shorter-side",
-        type=_positive,
-        nargs=2,
-        metavar=("LOW", "HIGH"),
-        default=[256, 320],
-        help="frames are resized to a random shorter side in this range before the crop (default: 256 320)",
-    )
-    train.add_argument("--no-flip", action="store_true", help="never mirror a clip")
+    _training_clips(train)
     train.add_argument(
         "--batch-size", type=_positive, default=8, metavar="N", help="clips in a batch (default: %(default)s)"
     )
@@ -468,6 +489,23 @@ def _parser():
     )
     predict.add_argument("--json", action="store_true", help="print a JSON object a line, for every video")
     _views(predict, clips=1, crops=1)
+
+    inspect = _command(commands, "inspect", _inspect, "says what a collection of videos holds and draws training clips")
+    inspect.add_argument("data", metavar="DATA", help="folder of the videos")
+    inspect.add_argument("--annotations", metavar="FILE", help="labels of the videos (default: a folder a class)")
+    inspect.add_argument("--annotation-format", choices=ANNOTATION_FORMATS, help="(default: as the file looks)")
+    inspect.add_argument("--split", choices=SPLITS, help="rows of a file with splits (default: all)")
+    inspect.add_argument(
+        "--out",
+        default="inspection.png",
+        metavar="SHEET.png",
+        help="contact sheet to write, a row a clip (default: %(default)s)",
+    )
+    inspect.add_argument(
+        "--clips", type=_positive, default=12, metavar="N", help="clips on the contact sheet (default: %(default)s)"
+    )
+    _training_clips(inspect)
+    inspect.add_argument("--seed", type=int, default=0, metavar="N", help="(default: %(default)s)")
 
     export = _command(commands, "export", _export, "writes a SavedModel: uint8 clips in, scores out, no Keras needed")
     export.add_argument("model", metavar="MODEL", help="a .keras file")
@@ -503,6 +541,19 @@ def _sizes(parser, num_frames=None, frame_stride=None, image_size=None):
     parser.add_argument(
         "--image-size", type=_positive, default=image_size, metavar="N", help=f"side of the square crops {size_default}"
     )
+
+
+def _training_clips(parser):
+    _sizes(parser, num_frames=8, frame_stride=8, image_size=224)
+    parser.add_argument(
+        "--shorter-side",
+        type=_positive,
+        nargs=2,
+        metavar=("LOW", "HIGH"),
+        default=[256, 320],
+        help="frames are resized to a random shorter side in this range before the crop (default: 256 320)",
+    )
+    parser.add_argument("--no-flip", action="store_true", help="never mirror a clip")
 
 
 def _views(parser, clips, crops):

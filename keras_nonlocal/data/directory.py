@@ -14,7 +14,7 @@ from .clips import load_training_clip, load_views
 from .decode import VideoError
 from .sampling import check_sampling
 
-VIDEO_EXTENSIONS = (".mp4", ".m4v", ".mov", ".avi", ".mkv", ".webm", ".mpg", ".mpeg", ".gif", ".webp")
+VIDEO_EXTENSIONS = (".mp4", ".m4v", ".mov", ".avi", ".mkv", ".webm", ".mpg", ".mpeg", ".gif")
 
 _LOGGER = logging.getLogger("keras_nonlocal")
 

@@ -82,7 +82,9 @@ class Inspection:
             return ["0", *"------"]
         durations = [fact.duration for fact in facts]
         rates = sorted({f"{fact.fps:.4g}" for fact in facts}, key=float)
-        sizes = collections.Counter(f"{width}x{height}" for height, width in (fact.size for fact in facts)).most_common()
+        sizes = collections.Counter(
+            f"{width}x{height}" for height, width in (fact.size for fact in facts)
+        ).most_common()
         return [
             str(len(facts)),
             _clock(sum(durations)),
@@ -103,6 +105,7 @@ def inspect_videos(
     directory,
     annotations=None,
     annotation_format=None,
+    split=None,
     contact_sheet=None,
     num_clips=12,
     num_frames=8,
@@ -121,7 +124,8 @@ def inspect_videos(
     Args:
         directory: String or path-like, the directory of the videos, as in `video_dataset_from_directory`.
         annotations: String or path-like, the file that names the videos and their labels, or `None`: a folder a class.
-        annotation_format: String, the format of `annotations`, or `None` to tell by its name and content.
+        annotation_format: String, a format of `read_annotations`, or `None` to tell by the file's first lines.
+        split: `"train"`, `"val"` or `"test"`, to take only these rows of a format with splits.
         contact_sheet: String or path-like, a PNG file to write: a row for each of `num_clips` random training clips,
             as they are after resizing, cropping and mirroring, with up to 8 frames evenly chosen, and the names of
             the class and of the file beside them. The clips are dealt out to the classes in turn. `None`: none.
@@ -162,7 +166,7 @@ def inspect_videos(
             "`image_size` must not be larger than `shorter_side`, a pair (low, high). "
             f"Received: image_size={image_size}, shorter_side={shorter_side}"
         )
-    found = read_annotations(directory, annotations, annotation_format)
+    found = read_annotations(directory, annotations, annotation_format, split)
     facts, broken = {}, {}
     with concurrent.futures.ThreadPoolExecutor(num_parallel_calls or os.cpu_count()) as executor:
         for path, fact in zip(found.paths, executor.map(_look_at, found.paths), strict=True):
