@@ -1,5 +1,6 @@
-"""Videos to arrays: which frames, exact decoding, directories of classes to `tf.data`."""
+"""Videos to arrays: which frames, exact decoding, annotated videos to `tf.data`."""
 
+from .annotations import Annotations, read_annotations
 from .clips import load_views
 from .decode import VideoError, VideoReader, write_video
 from .directory import DecodeReport, video_dataset_from_directory
@@ -7,6 +8,7 @@ from .inspection import Inspection, VideoFacts, inspect_videos
 from .sampling import training_indices, view_indices
 
 __all__ = [
+    "Annotations",
     "DecodeReport",
     "Inspection",
     "VideoError",
@@ -14,6 +16,7 @@ __all__ = [
     "VideoReader",
     "inspect_videos",
     "load_views",
+    "read_annotations",
     "training_indices",
     "video_dataset_from_directory",
     "view_indices",

@@ -1,7 +1,7 @@
 """Which videos there are and what they show, in the formats in which the field's data sets say so.
 
-A format says how a row is read. What is the same for all, finding the files, numbering the classes and leaving wrong rows
-out, is done once, by `read_annotations`.
+A format says how a row is read. What is the same for all, finding the files, numbering the classes and leaving out
+wrong rows, is done once, by `read_annotations`.
 """
 
 import collections
@@ -384,23 +384,24 @@ def read_annotations(
     - `"kinetics"`: a CSV file with the columns `label`, `youtube_id`, `time_start`, `time_end`, `split`. The videos
       `{youtube_id}_{time_start:06d}_{time_end:06d}.mp4` or `{youtube_id}.mp4`, or with other extensions, may be
       anywhere under the directory; of several, the one in a folder of the label's name is taken;
-    - `"charades"`: a CSV file with the columns `id` and `actions`, the latter like `"c092 11.90 21.20;c147 0.00 12.60"`:
-      a video has any number of the 157 classes. Their names are taken from `Charades_v1_classes.txt` beside it, if there;
+    - `"charades"`: a CSV file with the columns `id` and `actions`, the latter like
+      `"c092 11.90 21.20;c147 0.00 12.60"`: a video has any number of the 157 classes. Their names are taken from
+      `Charades_v1_classes.txt` beside it, if there;
     - `"ucf101"`: `trainlist01.txt` and the like, lines `Class/video.avi 1` with labels from 1, or `testlist01.txt`
       without labels, with `classInd.txt` beside them;
     - `"list"`: lines `path label` of PySlowFast and MMAction2, separated by a space, a comma or a tab, with labels
       from 0 and paths that are relative to the directory.
 
-    A row is wrong if it lacks something, its label is no class, its video is not on the disk or was listed before. Wrong
-    rows are left out and logged once each as warnings of the logger `keras_nonlocal`.
+    A row is wrong if it lacks something, its label is no class, its video is not on the disk or was listed before.
+    Wrong rows are left out and logged once each as warnings of the logger `keras_nonlocal`.
 
     Args:
         directory: String or path-like, where the videos are.
         annotations: String or path-like, the annotation file. `None`: the format is `"directory"`.
         annotation_format: A name of the list above. `None`: it is seen from the file's first lines.
         split: `"train"`, `"val"` or `"test"`, to take only these rows of a format with splits.
-        labels: `"inferred"` (as annotated), `None` (no labels), or, without `annotations`, a list of integer labels, one
-            for each video in the alphanumeric order of their paths.
+        labels: `"inferred"` (as annotated), `None` (no labels), or, without `annotations`, a list of integer labels,
+            one for each video in the alphanumeric order of their paths.
         class_names: List of strings, the classes in the order of their numbers. In a directory it chooses the folders.
             Defaults to the order of the format, or to alphanumeric order.
         follow_links: Whether to visit sub-directories that are symbolic links.

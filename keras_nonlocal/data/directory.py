@@ -1,8 +1,9 @@
-"""A directory of videos, one folder a class, as a `tf.data.Dataset` of clips.
+"""Videos on a disk as a `tf.data.Dataset` of clips.
 
-Shape letters: B batch, V views (clips x crops), T frames, H and W height and width, C = 3 colours.
+Shape letters: B batch, V views (clips x crops), T frames, H and W height and width, C = 3 colours, K classes.
 """
 
+import itertools
 import logging
 import os
 import threading
@@ -10,11 +11,10 @@ import threading
 import numpy as np
 import tensorflow as tf
 
-from .clips import load_training_clip, load_views
+from . import shards
+from .annotations import Annotations, read_annotations
+from .clips import check_positive, clip_options, load_clip
 from .decode import VideoError
-from .sampling import check_sampling
-
-VIDEO_EXTENSIONS = (".mp4", ".m4v", ".mov", ".avi", ".mkv", ".webm", ".mpg", ".mpeg", ".gif")
 
 _LOGGER = logging.getLogger("keras_nonlocal")
 
@@ -22,15 +22,22 @@ _LOGGER = logging.getLogger("keras_nonlocal")
 class DecodeReport:
     """Which videos of a dataset have been decoded so far, and which turned out to be broken.
 
+    Args:
+        skipped_rows: List of strings, the rows of the annotations that were left out.
+        is_replaced: Whether black clips stand for broken videos, which are otherwise left out.
+
     Attributes:
         num_good: Integer, how many different videos have been decoded.
         broken: Dict from the path of a broken video to what is wrong with it.
+        skipped_rows: List of strings, what is wrong with the rows of the annotations that were left out.
     """
 
-    def __init__(self):
+    def __init__(self, skipped_rows=(), is_replaced=False):
         self._lock = threading.Lock()
         self._good = set()
         self._broken = {}
+        self._is_replaced = is_replaced
+        self.skipped_rows = list(skipped_rows)
 
     @property
     def num_good(self):
@@ -52,32 +59,43 @@ class DecodeReport:
             is_new = path not in self._broken
             self._broken[path] = message
         if is_new:
-            _LOGGER.warning("Skipped a broken video. %s", message)
+            done = "Replaced a broken video by black" if self._is_replaced else "Skipped a broken video"
+            _LOGGER.warning("%s. %s", done, message)
 
     def summary(self, num_named=3):
         """One line, e.g. `decoded 9 videos; skipped 1 broken file: a.mp4 (…)`."""
+        parts = [f"decoded {_counted(self.num_good, 'video')}"]
         broken = sorted(self.broken.items())
-        line = f"decoded {self.num_good} video{'s' * (self.num_good != 1)}"
-        if not broken:
-            return line
-        named = [
-            # The message repeats the path, of which the file's name is enough here.
-            f"{os.path.basename(path)} ({message.removeprefix(f'Cannot decode {path}: ')})"
-            for path, message in broken[:num_named]
-        ]
-        rest = len(broken) - len(named)
-        return (
-            f"{line}; skipped {len(broken)} broken file{'s' * (len(broken) != 1)}: "
-            + ", ".join(named)
-            + (f", … and {rest} more" if rest else "")
-        )
+        if broken:
+            done, how = ("replaced", " by black") if self._is_replaced else ("skipped", "")
+            named = [
+                # The message repeats the path, of which the file's name is enough here.
+                f"{os.path.basename(path)} ({message.removeprefix(f'Cannot decode {path}: ')})"
+                for path, message in broken[:num_named]
+            ]
+            rest = len(broken) - len(named)
+            parts.append(
+                f"{done} {_counted(len(broken), 'broken file')}{how}: "
+                + ", ".join(named)
+                + (f", … and {rest} more" if rest else "")
+            )
+        if self.skipped_rows:
+            parts.append(f"skipped {_counted(len(self.skipped_rows), 'wrong row')} of the annotations")
+        return "; ".join(parts)
+
+
+def _counted(count, noun):
+    return f"{count} {noun}{'s' * (count != 1)}"
 
 
 def video_dataset_from_directory(
     directory,
     labels="inferred",
-    label_mode="int",
+    label_mode="inferred",
     class_names=None,
+    annotations=None,
+    annotation_format=None,
+    split=None,
     batch_size=8,
     num_frames=8,
     frame_stride=8,
@@ -87,15 +105,18 @@ def video_dataset_from_directory(
     views=None,
     sampling="recipe",
     shuffle=None,
+    reshuffle_each_iteration=True,
     seed=None,
     validation_split=None,
     subset=None,
     follow_links=False,
+    shard=None,
+    service=None,
     num_parallel_calls=None,
     on_error="skip",
     verbose=True,
 ):
-    """Generates a `tf.data.Dataset` of clips from video files in a directory.
+    """Generates a `tf.data.Dataset` of clips from videos in a directory.
 
     It is `keras.utils.image_dataset_from_directory` for videos. For a directory of the form
 
@@ -108,39 +129,52 @@ def video_dataset_from_directory(
     ......b_video_1.mp4
     ```
 
-    it yields clips of the videos in `class_a` and `class_b` with the labels 0 and 1.
+    it yields clips of the videos in `class_a` and `class_b` with the labels 0 and 1. With `annotations`, a file says
+    the labels; and the directory may hold shards, which `keras-nonlocal shard` wrote of all this.
 
     Without `views`, each pass draws one random clip of each video by the paper's training recipe
     (section 4.1): a random start, a random size, a random crop, a flip. With `views`, the dataset
     is the paper's test protocol: several clips and crops of each video, nothing random. For a
     given `seed` the clips are the same in each run, however many are decoded in parallel.
 
+    Of the clips, no more are in memory than those that are decoded at a time (`num_parallel_calls`, or the
+    machine's cores) and three batches: one that is filled, two that wait.
+
     Pixels are the RGB values 0..255: map the model's own `preprocess_input` over the dataset.
 
     Args:
-        directory: String or path-like. With `labels="inferred"` it has a sub-directory for each
-            class; otherwise its structure is ignored.
+        directory: String or path-like. With `labels="inferred"` and no `annotations` it has a sub-directory for each
+            class; otherwise its structure is ignored. It may be a directory of shards, with a file `shards.json`.
         labels: `"inferred"` (from the sub-directories), `None` (no labels), or a list of integer
             labels, one for each video in the alphanumeric order of their paths.
         label_mode: `"int"` (int32 scalars), `"categorical"` (float32 one-hot vectors), `"binary"`
-            (float32, 0 or 1, for two classes) or `None` (no labels).
-        class_names: List of the sub-directories to use, in the order of their labels, with
-            `labels="inferred"`. Defaults to all in alphanumeric order.
+            (float32, 0 or 1, for two classes), `"multi_label"` (float32 vectors of a 1 for each class that is shown) or
+            `None` (no labels). `"inferred"`: `"multi_label"` where the annotations give a video several labels, as
+            those of Charades do, otherwise `"int"`.
+        class_names: List of the classes in the order of their labels, with `labels="inferred"`; in a directory
+            without `annotations`, the sub-directories to use. Defaults to the order of the annotations, which is mostly
+            the alphanumeric one.
+        annotations: String or path-like, a file that lists videos and labels: the CSV files of Kinetics and Charades,
+            the splits of UCF-101, lines `path label`; see `read_annotations`.
+        annotation_format: The format of `annotations`, a name in `read_annotations`. `None`: seen from its first lines.
+        split: `"train"`, `"val"` or `"test"`: the rows of `annotations` to use, if they say their split.
         batch_size: Integer B, or `None` for elements that are not batched.
         num_frames: Integer T, the frames of a clip.
         frame_stride: Integer, the step in the video from one frame of a clip to the next.
         image_size: Integer or pair `(height, width)` of the crops, in pixels. Defaults to
-            `(224, 224)`, with `views` to `(256, 256)`.
+            `(224, 224)`, with `views` to `(256, 256)`. `"whole"`: whole frames, for fully convolutional tests with
+            `views=(num_clips, 1)`; as their sizes differ, `batch_size` must be `None` or 1.
         shorter_side: The size in pixels to which the videos' shorter side is resized before the
             crop: an integer, or without `views` also a pair `(low, high)` of which an integer is
             drawn for each clip, both ends included. Defaults to `(256, 320)`, with `views` to 256.
         horizontal_flip: Whether to mirror every second clip at random. Defaults to `True` without
             `views`; must not be true with them.
         views: `None`, or a pair `(num_clips, num_crops)`; the paper's is `(10, 3)`.
-        sampling: Where the clips of the views start: `"recipe"` or `"even"`, see
-            `keras_nonlocal.data.view_indices`.
-        shuffle: Whether to draw a new order of the videos for each pass; otherwise the order is
-            alphanumeric. Defaults to `True` without `views`, `False` with them.
+        sampling: Which frames are taken: `"recipe"`, `"even"`, `"pyslowfast"` or `"segments"`, see
+            `keras_nonlocal.data.training_indices` and `view_indices`.
+        shuffle: Whether to draw a random order of the videos; otherwise it is alphanumeric, or that of `annotations`.
+            Defaults to `True` without `views`, `False` with them.
+        reshuffle_each_iteration: Whether to draw a new order for each pass. The clips are new in each pass anyway.
         seed: Integer seed of the order, the split and the random clips. `None` takes one from
             NumPy's global generator, which `keras.utils.set_random_seed` sets.
         validation_split: Float between 0 and 1, the fraction of the videos reserved for validation.
@@ -149,19 +183,26 @@ def video_dataset_from_directory(
         subset: `"training"`, `"validation"` or `"both"`, with `validation_split`. `"both"`
             returns a pair of datasets, of which the validation one is never shuffled.
         follow_links: Whether to visit sub-directories that are symbolic links.
+        shard: Pair `(num_shards, index)`: only every `num_shards`-th video of each pass, from the `index`-th on.
+            Several workers with one `seed` and their own `index` share the videos of every pass among them.
+        service: String such as `"grpc://localhost:5000"`, the dispatcher of a `tf.data` service whose workers decode.
+            Needs a directory of shards. Each video comes once in a pass, in no certain order.
         num_parallel_calls: Integer, how many videos are decoded at a time. `None` lets `tf.data`
             decide.
         on_error: `"skip"` drops a video that cannot be decoded, logs it once as a warning of the
             logger `keras_nonlocal` and counts it in the dataset's `report`; a pass in which no
-            video could be decoded is an error. `"raise"` makes the first such video an error.
+            video could be decoded is an error. `"raise"` makes the first such video an error. `"black"` yields a
+            black clip in its place, with its label, so that the number of clips stays known. Wrong rows of
+            `annotations` are left out and logged too, or an error with `"raise"`. A pass with broken videos or wrong
+            rows ends with one more line of the logger, the `report`'s summary.
         verbose: Whether to print the number of files and classes found.
 
     Returns:
         A `tf.data.Dataset` of `(clips, labels)`, or of `clips` alone without labels. `clips` is
         uint8 of shape `(B, T, height, width, 3)`; with `views`, `(B, V, T, height, width, 3)`,
         where V = `num_clips * num_crops`, all crops of the first clip first. `labels` is of shape
-        `(B,)`, for `"categorical"` `(B, num_classes)`, for `"binary"` `(B, 1)`. The dataset has
-        the attributes `class_names`, `file_paths` (in alphanumeric order) and `report`, a
+        `(B,)`, for `"categorical"` and `"multi_label"` `(B, K)`, for `"binary"` `(B, 1)`. The dataset has
+        the attributes `class_names`, `file_paths` (in the order without `shuffle`) and `report`, a
         `DecodeReport`. With `on_error="skip"` its cardinality is unknown.
 
     Raises:
@@ -180,82 +221,98 @@ def video_dataset_from_directory(
         raise ValueError(
             f'`labels` must be "inferred", None or a list of integers, one for each video. Received: labels={labels!r}'
         )
-    if label_mode not in ("int", "categorical", "binary", None):
+    if label_mode != "inferred" and label_mode not in _LABEL_MODES and label_mode is not None:
         raise ValueError(
-            f'`label_mode` must be "int", "categorical", "binary" or None. Received: label_mode={label_mode!r}'
+            f'`label_mode` must be "inferred", None or one of {list(_LABEL_MODES)}. Received: label_mode={label_mode!r}'
         )
     if labels is None or label_mode is None:
         labels = label_mode = None
-    if class_names is not None and labels != "inferred":
-        raise ValueError(
-            f'`class_names` can only be passed with `labels="inferred"`. Received: class_names={class_names}'
-        )
-    if on_error not in ("skip", "raise"):
-        raise ValueError(f'`on_error` must be "skip" or "raise". Received: on_error={on_error!r}')
-    _check_positive(num_frames=num_frames, frame_stride=frame_stride)
+    if on_error not in ("skip", "raise", "black"):
+        raise ValueError(f'`on_error` must be "skip", "raise" or "black". Received: on_error={on_error!r}')
     if batch_size is not None:
-        _check_positive(batch_size=batch_size)
+        check_positive(batch_size=batch_size)
     _check_split(validation_split, subset, seed)
+    _check_shard(shard, service)
     if seed is None:
         seed = int(np.random.randint(1_000_000))
-    load, clip_shape = _clip_loader(
-        num_frames, frame_stride, image_size, shorter_side, horizontal_flip, views, sampling
-    )
+    clip = clip_options(num_frames, frame_stride, image_size, shorter_side, horizontal_flip, views, sampling)
+    if clip.image_size is None and batch_size not in (None, 1):
+        raise ValueError(f'`batch_size` must be None or 1 with `image_size="whole"`. Received: batch_size={batch_size}')
     if shuffle is None:
         shuffle = views is None
 
-    paths, labels, class_names = _index_directory(directory, labels, class_names, follow_links)
+    index = _shard_index(directory)
+    if index is not None:
+        _check_only_shards(annotations=annotations, annotation_format=annotation_format, split=split)
+        videos, usable = _shard_videos(index, labels, class_names)
+    else:
+        if service is not None:
+            raise ValueError(
+                "`service` needs shards, as Python's decoder cannot run in other processes: write them first, by "
+                f"`keras-nonlocal shard DATA OUT`. Received: service={service!r}, directory={os.fspath(directory)!r}"
+            )
+        videos = read_annotations(
+            directory, annotations, annotation_format, split, labels, class_names, follow_links, on_error
+        )
+        usable = np.arange(len(videos.paths))
     if verbose:
-        classes = "" if labels is None else f" belonging to {len(class_names)} classes"
-        print(f"Found {len(paths)} files{classes}.")
-    if label_mode == "binary" and len(class_names) != 2:
-        raise ValueError(f'`label_mode="binary"` needs exactly 2 classes. Received: class_names={class_names}')
-    encoded = _encode_labels(labels, label_mode, class_names)
+        classes = "" if videos.labels is None else f" belonging to {len(videos.class_names)} classes"
+        print(f"Found {len(usable)} files{classes}.")
+    encoded = _encode_labels(videos, label_mode)
 
     def build(chosen, shuffle):
-        return _build_dataset(
-            [paths[i] for i in chosen],
-            None if encoded is None else encoded[chosen],
-            class_names,
-            load,
-            clip_shape,
-            shuffle,
-            seed,
-            batch_size,
-            num_parallel_calls,
-            on_error,
-        )
+        num_videos = len(_share(chosen, shard))
+        if not num_videos:
+            raise ValueError(f"There must be a video for each shard, of {len(chosen)} videos. Received: shard={shard}")
+        if index is None:
+            elements = _file_source(
+                videos.paths, chosen, clip, shuffle, reshuffle_each_iteration, seed, shard, num_parallel_calls
+            )
+        else:
+            elements = shards.shard_source(
+                index,
+                chosen,
+                clip,
+                shuffle=shuffle,
+                reshuffle_each_iteration=reshuffle_each_iteration,
+                seed=seed,
+                shard=shard,
+                num_parallel_calls=num_parallel_calls,
+                distributed=service is not None,
+            )
+        if service is not None:
+            elements = _distributed(elements, service)
+        report = DecodeReport(videos.skipped, is_replaced=on_error == "black")
+        dataset = _received(elements, clip, num_videos, videos.paths, report, on_error)
+        if encoded is None:
+            dataset = dataset.map(lambda clip, number: clip)
+        else:
+            dataset = dataset.map(lambda clip, number: (clip, tf.gather(encoded, number)))
+        if batch_size is not None:
+            dataset = dataset.batch(batch_size)
+        # Not AUTOTUNE, which lets the buffer grow with the memory that is free.
+        dataset = dataset.prefetch(2)
+        dataset.class_names = None if videos.class_names is None else list(videos.class_names)
+        dataset.file_paths = [videos.paths[number] for number in chosen]
+        dataset.report = report
+        return dataset
 
     if validation_split is None:
-        return build(range(len(paths)), shuffle)
-    num_validation = int(validation_split * len(paths))
-    order = np.random.RandomState(seed).permutation(len(paths))
-    split = {
+        return build(usable, shuffle)
+    num_validation = int(validation_split * len(usable))
+    order = np.random.RandomState(seed).permutation(usable)
+    subsets = {
         "training": np.sort(order[num_validation:]),
         "validation": np.sort(order[:num_validation]),
     }
-    for name, chosen in split.items():
+    for name, chosen in subsets.items():
         if not len(chosen):
             raise ValueError(
-                f"The {name} subset of {len(paths)} videos is empty. Received: validation_split={validation_split}"
+                f"The {name} subset of {len(usable)} videos is empty. Received: validation_split={validation_split}"
             )
     if subset == "both":
-        return build(split["training"], shuffle), build(split["validation"], False)
-    return build(split[subset], shuffle)
-
-
-def _check_positive(**values):
-    for name, value in values.items():
-        if not _is_positive_integer(value):
-            raise ValueError(f"`{name}` must be a positive integer. Received: {name}={value!r}")
-
-
-def _is_positive_integer(value):
-    return isinstance(value, (int, np.integer)) and not isinstance(value, bool) and value > 0
-
-
-def _is_pair(value):
-    return isinstance(value, (tuple, list)) and len(value) == 2 and all(map(_is_positive_integer, value))
+        return build(subsets["training"], shuffle), build(subsets["validation"], False)
+    return build(subsets[subset], shuffle)
 
 
 def _check_split(validation_split, subset, seed):
@@ -276,194 +333,188 @@ def _check_split(validation_split, subset, seed):
         )
 
 
-def _clip_loader(num_frames, frame_stride, image_size, shorter_side, horizontal_flip, views, sampling):
-    """Checks the arguments; returns `load(path, seed) -> clip` and the clip's shape."""
-    if image_size is None:
-        image_size = (224, 224) if views is None else (256, 256)
-    elif _is_positive_integer(image_size):
-        image_size = (image_size, image_size)
-    if not _is_pair(image_size):
+def _check_shard(shard, service):
+    if shard is None:
+        return
+    is_pair = isinstance(shard, (tuple, list)) and len(shard) == 2
+    if not is_pair or not all(isinstance(part, (int, np.integer)) for part in shard) or not 0 <= shard[1] < shard[0]:
         raise ValueError(
-            f"`image_size` must be a positive integer or a pair (height, width). Received: image_size={image_size!r}"
+            f"`shard` must be None or a pair (num_shards, index), 0 <= index < num_shards. Received: shard={shard!r}"
         )
-    if shorter_side is None:
-        shorter_side = (256, 320) if views is None else 256
-    if views is None:
-        low_high = (shorter_side,) * 2 if _is_positive_integer(shorter_side) else shorter_side
-        if not _is_pair(low_high) or low_high[0] > low_high[1]:
-            raise ValueError(
-                "`shorter_side` must be a positive integer or a pair (low, high). "
-                f"Received: shorter_side={shorter_side!r}"
-            )
-    else:
-        if not _is_pair(views):
-            raise ValueError(f"`views` must be None or a pair (num_clips, num_crops). Received: views={views!r}")
-        check_sampling(sampling)
-        if horizontal_flip:
-            raise ValueError(f"`views` are never flipped. Received: horizontal_flip={horizontal_flip}, views={views}")
-        if not _is_positive_integer(shorter_side):
-            raise ValueError(
-                "`shorter_side` must be a positive integer with `views`. "
-                f"Received: shorter_side={shorter_side!r}, views={views}"
-            )
-        low_high = (shorter_side,) * 2
-    if max(image_size) > low_high[0]:
+    if service is not None:
         raise ValueError(
-            "`image_size` must not be larger than `shorter_side`. "
-            f"Received: image_size={tuple(image_size)}, shorter_side={shorter_side}"
+            "`shard` cannot be passed with `service`, whose workers share the videos as they come. "
+            f"Received: shard={shard}, service={service!r}"
         )
 
-    clip_shape = (num_frames, *image_size, 3)
-    if views is not None:
 
-        def load(path, seed):
-            return load_views(path, num_frames, frame_stride, views, shorter_side, image_size, sampling)
-
-        return load, (views[0] * views[1], *clip_shape)
-
-    flip = horizontal_flip is None or horizontal_flip
-
-    def load(path, seed):
-        rng = np.random.default_rng(seed)
-        return load_training_clip(path, num_frames, frame_stride, low_high, image_size, flip, rng)
-
-    return load, clip_shape
+def _share(items, shard):
+    return items if shard is None else items[shard[1] :: shard[0]]
 
 
-def _index_directory(directory, labels, class_names, follow_links):
-    """Returns the sorted paths, their integer labels or None, and the class names or None."""
-    directory = os.fspath(directory)
-    if not os.path.isdir(directory):
-        raise ValueError(f"`directory` must be an existing directory. Received: directory={directory!r}")
-    found = []
-    if labels == "inferred":
-        folders = sorted(
-            entry.name for entry in os.scandir(directory) if entry.is_dir() and not entry.name.startswith(".")
-        )
-        if class_names is not None and not set(class_names) <= set(folders):
-            raise ValueError(
-                f"`class_names` must be sub-directories of {directory}, which has {folders}. "
-                f"Received: class_names={class_names}"
-            )
-        class_names = folders if class_names is None else list(class_names)
-        for label, name in enumerate(class_names):
-            folder = os.path.join(directory, name)
-            found += [(path, label) for path in _video_files(folder, follow_links)]
-        paths, labels = [path for path, _ in found], [label for _, label in found]
-    else:
-        paths = _video_files(directory, follow_links)
-        if labels is not None:
-            class_names = [str(label) for label in sorted(set(labels))]
-    if not paths:
-        where = f"in the sub-directories {class_names} of" if labels is not None else "in"
-        raise ValueError(
-            f"Expected videos {where} the directory, with one of the extensions "
-            f"{VIDEO_EXTENSIONS}. Received: directory={directory!r}"
-        )
-    if labels is not None and len(labels) != len(paths):
-        raise ValueError(
-            f"`labels` must have one label for each of the {len(paths)} videos. Received: len(labels)={len(labels)}"
-        )
-    return paths, labels, class_names
+# Labels
+
+_LABEL_MODES = ("int", "categorical", "binary", "multi_label")
 
 
-def _video_files(folder, follow_links):
-    return sorted(
-        os.path.join(root, name)
-        for root, _, names in os.walk(folder, followlinks=follow_links)
-        for name in names
-        if name.lower().endswith(VIDEO_EXTENSIONS) and not name.startswith(".")
-    )
-
-
-def _encode_labels(labels, label_mode, class_names):
+def _encode_labels(videos, label_mode):
+    """The labels of all videos as the dataset gives them, or None."""
     if label_mode is None:
         return None
-    labels = np.asarray(labels, "int32")
+    labels, class_names = videos.labels, list(videos.class_names)
+    is_multi_label = labels.ndim == 2
+    if label_mode == "inferred":
+        label_mode = "multi_label" if is_multi_label else "int"
+    if is_multi_label:
+        if label_mode != "multi_label":
+            raise ValueError(
+                f'The annotations give a video several labels, as label_mode="multi_label". '
+                f"Received: label_mode={label_mode!r}"
+            )
+        return labels
+    if label_mode == "binary" and len(class_names) != 2:
+        raise ValueError(f'`label_mode="binary"` needs exactly 2 classes. Received: class_names={class_names}')
     if label_mode != "int" and not 0 <= labels.min() <= labels.max() < len(class_names):
         raise ValueError(
             f"`labels` must be in [0, {len(class_names)}), the number of classes, with "
             f"label_mode={label_mode!r}. Received: labels from {labels.min()} to {labels.max()}"
         )
-    if label_mode == "categorical":
+    if label_mode in ("categorical", "multi_label"):
         return np.eye(len(class_names), dtype="float32")[labels]
     return labels.astype("float32")[:, None] if label_mode == "binary" else labels
 
 
-def _build_dataset(
-    paths,
-    labels,
-    class_names,
-    load,
-    clip_shape,
-    shuffle,
-    seed,
-    batch_size,
-    num_parallel_calls,
-    on_error,
-):
-    report = DecodeReport()
+# Directories of shards
 
-    def decode(index, seed):
-        path = paths[index]
-        try:
-            clip = np.ascontiguousarray(load(path, seed))
-        except VideoError as error:
-            if on_error == "raise":
-                raise
-            report.add_broken(path, str(error))
-            return np.zeros(clip_shape, "uint8"), False
-        report.add_good(path)
-        return clip, True
 
-    def decode_element(index, seed):
-        clip, is_good = tf.numpy_function(decode, [index, seed], (tf.uint8, tf.bool))
-        return tf.ensure_shape(clip, clip_shape), index, tf.ensure_shape(is_good, ())
+def _shard_index(directory):
+    """The index of a directory of shards, or None for a directory of videos."""
+    return shards.read_index(directory) if shards.is_shards(directory) else None
 
-    def labelled(clip, index, is_good):
-        return clip if labels is None else (clip, tf.gather(labels, index))
 
-    dataset = tf.data.Dataset.range(len(paths))
-    if shuffle:
-        dataset = dataset.shuffle(len(paths), seed=seed, reshuffle_each_iteration=True)
-    # A seed of its own for each clip: the clips do not depend on which thread comes first.
-    seeds = tf.data.Dataset.random(seed=seed, rerandomize_each_iteration=True)
-    dataset = tf.data.Dataset.zip(dataset, seeds).map(
-        decode_element,
-        num_parallel_calls=num_parallel_calls or tf.data.AUTOTUNE,
-        deterministic=True,
+def _check_only_shards(**arguments):
+    for name, value in arguments.items():
+        if value is not None:
+            raise ValueError(
+                f"`{name}` cannot be passed with shards, which hold their labels. Received: {name}={value!r}"
+            )
+
+
+def _shard_videos(index, labels, class_names):
+    """The videos of shards as `Annotations`, and the numbers of those that have one of the classes."""
+    paths, everything = tuple(index.paths), np.arange(len(index.paths))
+    if labels is None or index.labels is None:
+        if labels is not None or class_names is not None:
+            raise ValueError(
+                "The shards must hold labels, or `labels=None` be passed. "
+                f"Received: labels={labels!r}, class_names={class_names}"
+            )
+        return Annotations(paths, None, None), everything
+    if labels != "inferred":
+        raise ValueError('`labels` must be "inferred" or None with shards. Received: labels=a list')
+    is_multi_label = index.labels.ndim == 2
+    old_labels = index.labels if is_multi_label else index.labels.astype("int32")
+    if class_names is None:
+        return Annotations(paths, old_labels, tuple(index.class_names)), everything
+    if not set(class_names) <= set(index.class_names) or len(set(class_names)) < len(class_names):
+        raise ValueError(
+            f"`class_names` must be classes of the shards, which have {list(index.class_names)}. "
+            f"Received: class_names={list(class_names)}"
+        )
+    old_numbers = [list(index.class_names).index(name) for name in class_names]
+    if is_multi_label:
+        return Annotations(paths, old_labels[:, old_numbers], tuple(class_names)), everything
+    new_numbers = np.full(len(index.class_names), -1, "int32")
+    new_numbers[old_numbers] = np.arange(len(class_names))
+    renumbered = new_numbers[old_labels]
+    return Annotations(paths, renumbered, tuple(class_names)), np.flatnonzero(renumbered >= 0)
+
+
+def _distributed(elements, service):
+    """`elements` as the workers of a `tf.data` service make them.
+
+    With dynamic sharding the dispatcher hands every part of a pass to one worker, whichever is free: each video comes
+    once however many workers there are and however fast each is. Without sharding each worker would make the whole
+    pass, and static sharding needs the workers' addresses beforehand.
+    """
+    return elements.apply(
+        tf.data.experimental.service.distribute(
+            processing_mode=tf.data.experimental.service.ShardingPolicy.DYNAMIC, service=service
+        )
     )
-    if on_error == "skip":
-        dataset = _drop_broken(dataset, clip_shape, report)
-    dataset = dataset.map(labelled)
-    if batch_size is not None:
-        dataset = dataset.batch(batch_size)
-    dataset = dataset.prefetch(tf.data.AUTOTUNE)
-    dataset.class_names = class_names
-    dataset.file_paths = paths
-    dataset.report = report
-    return dataset
 
 
-def _drop_broken(dataset, clip_shape, report):
-    """Drops the elements that are not good; the end of a pass without a good one is an error."""
+# Sources give (clip, number of the video, whether it is good, what is wrong with it)
 
-    def raise_none_good(any_good):
-        if not any_good:
-            raise VideoError(f"No video could be decoded: {report.summary()}")
-        return False
+
+def _file_source(paths, chosen, clip, shuffle, reshuffle_each_iteration, seed, shard, num_parallel_calls):
+    """Decodes video files. The order and the clips of pass n depend on `(seed, n)` only, not on TensorFlow's seed."""
+    seed %= 2**63
+    passes = itertools.count()
+
+    def draw_pass():
+        number = next(passes)
+        order_rng = np.random.default_rng((seed, 0, number if reshuffle_each_iteration else 0))
+        order = order_rng.permutation(chosen) if shuffle else np.asarray(chosen)
+        # A seed of its own for each clip: the clips do not depend on which thread comes first.
+        seeds = np.random.default_rng((seed, 1, number)).integers(2**63 - 1, size=len(order))
+        return _share(order, shard).astype("int64"), _share(seeds, shard)
+
+    def pass_dataset(_):
+        order, seeds = tf.numpy_function(draw_pass, [], (tf.int64, tf.int64))
+        return tf.data.Dataset.from_tensor_slices((tf.ensure_shape(order, (None,)), tf.ensure_shape(seeds, (None,))))
+
+    def decode(number, seed):
+        try:
+            return load_clip(paths[number], clip, seed), True, b""
+        except VideoError as error:
+            return _blank(clip), False, str(error).encode("utf-8", "surrogateescape")
+
+    def decode_element(number, seed):
+        frames, is_good, message = tf.numpy_function(decode, [number, seed], (tf.uint8, tf.bool, tf.string))
+        return tf.ensure_shape(frames, clip.shape), number, tf.ensure_shape(is_good, ()), tf.ensure_shape(message, ())
+
+    return (
+        tf.data.Dataset.range(1)
+        .flat_map(pass_dataset)
+        .map(decode_element, num_parallel_calls=num_parallel_calls or tf.data.AUTOTUNE, deterministic=True)
+    )
+
+
+def _blank(clip):
+    return np.zeros([clip.shorter_side[0] if size is None else size for size in clip.shape], "uint8")
+
+
+def _received(elements, clip, num_videos, paths, report, on_error):
+    """Reports on the elements of a source; gives (clip, number) of those that stay."""
+
+    def receive(number, is_good, message, any_good):
+        if number < 0:
+            if not any_good:
+                raise VideoError(f"No video could be decoded: {report.summary()}")
+            if report.broken or report.skipped_rows:
+                _LOGGER.warning("End of a pass: %s", report.summary())
+            return False
+        if is_good:
+            report.add_good(paths[number])
+            return True
+        message = message.decode("utf-8", "surrogateescape")
+        if on_error == "raise":
+            raise VideoError(message)
+        report.add_broken(paths[number], message)
+        return any_good
 
     def remember_good(any_good, element):
-        clip, index, is_good = element
-        is_end = index < 0
-        is_good = tf.cond(
-            is_end,
-            lambda: tf.ensure_shape(tf.numpy_function(raise_none_good, [any_good], tf.bool), ()),
-            lambda: is_good,
-        )
-        return any_good | is_good, (clip, index, is_good)
+        frames, number, is_good, message = element
+        any_good = tf.numpy_function(receive, [number, is_good, message, any_good], tf.bool)
+        stays = (is_good | (on_error == "black")) & (number >= 0)
+        return tf.ensure_shape(any_good, ()), (frames, number, stays)
 
-    # One more element ends each pass: it is never good, so it is dropped as a broken file is.
-    end = tf.data.Dataset.range(1).map(lambda _: (tf.zeros(clip_shape, tf.uint8), tf.constant(-1, tf.int64), False))
-    dataset = dataset.concatenate(end).scan(tf.constant(False), remember_good)
-    return dataset.filter(lambda clip, index, is_good: is_good)
+    # One more element, which never stays, ends each pass.
+    end = (_blank(clip), np.int64(-1), False, "")
+    dataset = elements.concatenate(tf.data.Dataset.from_tensors(end)).scan(tf.constant(False), remember_good)
+    dataset = dataset.filter(lambda frames, number, stays: stays)
+    dataset = dataset.map(lambda frames, number, stays: (tf.ensure_shape(frames, clip.shape), number))
+    if on_error != "skip":
+        dataset = dataset.apply(tf.data.experimental.assert_cardinality(num_videos))
+    return dataset
