@@ -176,11 +176,8 @@ def test_what_breaks_in_the_middle_is_broken_when_the_sheet_needs_it(tmp_path):
     "options, message",
     [
         ({"num_clips": 0}, "`num_clips` must be at least 1. Received: num_clips=0"),
-        (
-            {"image_size": 224, "shorter_side": (200, 300)},
-            r"not be larger than `shorter_side`.* Received: image_size=224, shorter_side=\(200, 300\)",
-        ),
-        ({"shorter_side": (300, 260)}, r"Received: image_size=224, shorter_side=\(300, 260\)"),
+        ({"image_size": 300}, r"not be larger than `shorter_side`.* Received: image_size=\(300, 300\)"),
+        ({"sampling": "odd"}, "Received: sampling='odd'"),
     ],
 )
 def test_guards(directory, options, message):

@@ -151,14 +151,33 @@ class VideoReader:
         if shorter_side is not None and shorter_side < 1:
             raise ValueError(f"`shorter_side` must be at least 1 or None. Received: shorter_side={shorter_side}")
         unique, inverse = np.unique(indices, return_inverse=True)
-        to_rgb = _FrameConverter(shorter_side)
-        with self._naming_the_path():
-            images = {index: to_rgb(frame) for index, frame in self._decoder.frames(unique.tolist())}
-        missing = len(unique) - len(images)
-        if missing:
-            raise self._error(f"{missing} of the {len(unique)} frames needed do not decode")
-        images = [images[index] for index in unique.tolist()]
+        images = self._decode(unique.tolist(), _FrameConverter(shorter_side))
         return np.stack([images[position] for position in inverse])
+
+    def map_frames(self, function, shorter_side=None):
+        """Applies a function to every frame of the video, of which one at a time is held in memory.
+
+        Args:
+            function: Takes a frame, a uint8 array of shape `(H, W, 3)`, RGB.
+            shorter_side: As in `read`, but frames that are smaller stay as they are.
+
+        Returns:
+            A list of what the function returned, in the order of display.
+
+        Raises:
+            VideoError: If some of the frames cannot be decoded.
+        """
+        to_rgb = _FrameConverter(shorter_side, enlarge=False)
+        return self._decode(range(self.num_frames), lambda frame: function(to_rgb(frame)))
+
+    def _decode(self, indices, convert):
+        """What `convert` makes of the frames with these sorted numbers."""
+        with self._naming_the_path():
+            converted = {index: convert(frame) for index, frame in self._decoder.frames(indices)}
+        missing = len(indices) - len(converted)
+        if missing:
+            raise self._error(f"{missing} of the {len(indices)} frames needed do not decode")
+        return [converted[index] for index in indices]
 
 
 def _choose_decoder(path):
@@ -345,14 +364,18 @@ DECODERS = {
 class _FrameConverter:
     """Frame → upright RGB array without alpha, all frames at the size of the first."""
 
-    def __init__(self, shorter_side):
+    def __init__(self, shorter_side, enlarge=True):
         self._shorter_side = shorter_side
+        self._enlarge = enlarge
         self._to_rgb, self._to_rgba = VideoReformatter(), VideoReformatter()
         self._size = None
 
     def __call__(self, frame):
         if self._size is None:
-            self._size = _resized(frame.height, frame.width, self._shorter_side)
+            shorter_side = self._shorter_side
+            if shorter_side is not None and not self._enlarge:
+                shorter_side = min(shorter_side, frame.height, frame.width)
+            self._size = _resized(frame.height, frame.width, shorter_side)
         matrix = frame.side_data.get("DISPLAYMATRIX")
         if _has_alpha(frame.format):
             frame = self._on_black(frame)

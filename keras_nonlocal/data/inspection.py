@@ -12,7 +12,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from .annotations import read_annotations
-from .clips import load_training_clip
+from .clips import clip_options, load_clip
 from .decode import VideoError, VideoReader
 
 # The contact sheet, in pixels.
@@ -110,9 +110,10 @@ def inspect_videos(
     num_clips=12,
     num_frames=8,
     frame_stride=8,
-    image_size=224,
-    shorter_side=(256, 320),
-    horizontal_flip=True,
+    image_size=None,
+    shorter_side=None,
+    horizontal_flip=None,
+    sampling="recipe",
     seed=0,
     num_parallel_calls=None,
 ):
@@ -132,9 +133,8 @@ def inspect_videos(
         num_clips: Integer, how many clips the contact sheet shows at most, each of another video.
         num_frames: Integer T, the frames of a clip.
         frame_stride: Integer, the step in the video from one frame of a clip to the next.
-        image_size: Integer or pair `(height, width)` of the random crops, in pixels.
-        shorter_side: Pair `(low, high)` of which the frames' shorter side is drawn, both ends included.
-        horizontal_flip: Whether to mirror every second clip at random.
+        image_size, shorter_side, horizontal_flip, sampling: What the clips are, as in
+            `video_dataset_from_directory` without `views`.
         seed: Integer, seed of the choice and of the clips.
         num_parallel_calls: Integer, how many videos are opened at a time. Defaults to the number of CPU cores.
 
@@ -159,13 +159,7 @@ def inspect_videos(
     """
     if num_clips < 1:
         raise ValueError(f"`num_clips` must be at least 1. Received: num_clips={num_clips}")
-    height, width = (image_size, image_size) if isinstance(image_size, int) else image_size
-    low, high = shorter_side
-    if not 1 <= max(height, width) <= low <= high:
-        raise ValueError(
-            "`image_size` must not be larger than `shorter_side`, a pair (low, high). "
-            f"Received: image_size={image_size}, shorter_side={shorter_side}"
-        )
+    clip = clip_options(num_frames, frame_stride, image_size, shorter_side, horizontal_flip, sampling=sampling)
     found = read_annotations(directory, annotations, annotation_format, split)
     facts, broken = {}, {}
     with concurrent.futures.ThreadPoolExecutor(num_parallel_calls or os.cpu_count()) as executor:
@@ -173,11 +167,8 @@ def inspect_videos(
             (broken if isinstance(fact, str) else facts)[path] = fact
     by_class = _by_class(found)
 
-    def load(path, rng):
-        return load_training_clip(path, num_frames, frame_stride, (low, high), (height, width), horizontal_flip, rng)
-
     if contact_sheet is not None:
-        clips = _sample_clips(by_class, facts, broken, load, num_clips, np.random.default_rng(seed))
+        clips = _sample_clips(by_class, facts, broken, clip, num_clips, np.random.default_rng(seed))
         if clips:
             _write_png(draw_contact_sheet(clips), contact_sheet)
     return Inspection(
@@ -213,7 +204,7 @@ def _by_class(found):
     }
 
 
-def _sample_clips(by_class, facts, broken, load, num_clips, rng):
+def _sample_clips(by_class, facts, broken, clip, num_clips, rng):
     """Up to `num_clips` triples (class, path, clip) of different videos, dealt out to the classes in turn.
 
     What turns out to be broken goes from `facts` to `broken`.
@@ -228,7 +219,7 @@ def _sample_clips(by_class, facts, broken, load, num_clips, rng):
                 if path not in facts or path in used:
                     continue
                 try:
-                    clips.append((name, path, load(path, rng)))
+                    clips.append((name, path, load_clip(path, clip, int(rng.integers(2**63 - 1)))))
                 except VideoError as error:
                     del facts[path]
                     broken[path] = str(error)
@@ -236,7 +227,7 @@ def _sample_clips(by_class, facts, broken, load, num_clips, rng):
                 used.add(path)
                 break
     order = {name: number for number, name in enumerate(by_class)}
-    return sorted(clips, key=lambda clip: (order[clip[0]], clip[1]))
+    return sorted(clips, key=lambda row: (order[row[0]], row[1]))
 
 
 def draw_contact_sheet(clips, num_columns=8):

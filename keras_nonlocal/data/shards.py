@@ -1,0 +1,686 @@
+"""Videos as shards: TFRecord files of JPEG frames, written once and then read by TensorFlow's own operations.
+
+A directory of shards holds `videos-00000-of-00042.tfrecord` and so on, with one `tf.train.Example` a video, and the
+index `shards.json`, which knows every record's place, label and size. So a clip costs one read of its own record,
+in any order, wherever `tf.io.gfile` reads from. No Python function takes part in it: the datasets run in the workers
+of the `tf.data` service too.
+
+Shape letters: V views (clips x crops), T frames, H and W height and width, C = 3 colours.
+"""
+
+import collections
+import concurrent.futures
+import dataclasses
+import hashlib
+import importlib
+import io
+import json
+import logging
+import os
+
+import numpy as np
+import PIL.Image
+import tensorflow as tf
+
+from .decode import VideoError, VideoReader
+from .sampling import random_crop_position, training_positions, view_crop_positions, view_positions
+
+INDEX = "shards.json"
+# What is being written, and with which options, until the index takes its place.
+_UNFINISHED = "shards.partial.json"
+_VERSION = 1
+
+# A record of a TFRecord file: the length of the data and its checksum, the data, their checksum.
+_HEAD_BYTES, _TAIL_BYTES = 12, 4
+
+# What differs between the file systems that TensorFlow knows and those of tensorflow-io, whose last release
+# loads in this release of TensorFlow only.
+_IO_PACKAGES = ("tensorflow==2.16.2", "tensorflow-io==0.37.1")
+
+_LOGGER = logging.getLogger("keras_nonlocal")
+
+
+@dataclasses.dataclass(frozen=True)
+class ShardIndex:
+    """What a directory of shards holds. The records are numbered in the order of the shards.
+
+    Attributes:
+        directory: String, where the shards are.
+        class_names: Tuple of strings, or `None`.
+        paths: Tuple of strings, for each record the video's path below the directory that all came from.
+        labels: int64 array of shape `(n,)`, float32 array of zeros and ones of shape `(n, num_classes)`, or `None`.
+        num_frames: int64 array of shape `(n,)`.
+        sizes: int64 array of shape `(n, 2)`, the height and width of the stored frames.
+        files: Tuple of strings, the names of the shards.
+        file_numbers: int64 array of shape `(n,)`, for each record which of `files` holds it.
+        offsets: int64 array of shape `(n,)`, where the record's data begin in their file.
+        lengths: int64 array of shape `(n,)`, how many bytes they are.
+        fingerprints: int64 array of shape `(n,)`, the data's `tf.fingerprint`.
+        skipped: Dict from the path of a video that could not be decoded to what was wrong with it.
+    """
+
+    directory: str
+    class_names: tuple | None
+    paths: tuple
+    labels: np.ndarray | None
+    num_frames: np.ndarray
+    sizes: np.ndarray
+    files: tuple
+    file_numbers: np.ndarray
+    offsets: np.ndarray
+    lengths: np.ndarray
+    fingerprints: np.ndarray
+    skipped: dict
+
+
+# Writing
+
+
+def write_shards(
+    annotations,
+    out,
+    shorter_side=320,
+    quality=95,
+    videos_per_shard=32,
+    num_parallel_calls=None,
+    on_error="skip",
+    verbose=True,
+):
+    """Writes videos as shards: TFRecord files with one record of JPEG frames a video.
+
+    The videos are dealt out to the shards in a random order, always the same. A shard appears under its name only
+    when it is complete. A run that was interrupted goes on where it stopped when it is started again: shards that
+    are there are compared with their checksums and written anew if they are damaged.
+
+    Memory is bounded: of each video that is decoded, one raw frame and the JPEGs are held. A record cannot exceed
+    2 GiB, about an hour of video.
+
+    Args:
+        annotations: An `Annotations`: the `paths` of the videos, their `labels` and `class_names`.
+        out: String or path-like, the directory to write to, on any file system that `tf.io.gfile` knows.
+        shorter_side: Integer, the size in pixels to which the frames' shorter side is resized. Smaller videos are
+            not enlarged.
+        quality: Integer from 1 to 100, of the JPEGs.
+        videos_per_shard: Integer, how many videos a shard holds.
+        num_parallel_calls: Integer, how many videos are decoded at a time. `None`: as many as there are processors.
+        on_error: `"skip"` leaves out a video that cannot be decoded, logs it and lists it in the index; `"raise"`
+            makes it an error.
+        verbose: Whether to print a line a shard.
+
+    Returns:
+        The `ShardIndex` of what was written.
+
+    Raises:
+        ValueError: If an argument is out of range, or `out` holds shards of other videos or options.
+        VideoError: If no video can be decoded, with `on_error="raise"` if one cannot.
+
+    Example:
+
+    >>> import tempfile, os, numpy as np
+    >>> from keras_nonlocal.data import write_video
+    >>> from keras_nonlocal.data.annotations import Annotations
+    >>> from keras_nonlocal.data.shards import write_shards
+    >>> folder = tempfile.mkdtemp()
+    >>> path = os.path.join(folder, "grey.mp4")
+    >>> write_video(path, np.full((20, 48, 64, 3), 128, "uint8"))
+    >>> annotations = Annotations(paths=(path,), labels=np.array([0]), class_names=("grey",))
+    >>> index = write_shards(annotations, os.path.join(folder, "shards"), shorter_side=24, verbose=False)
+    >>> index.paths, index.num_frames, index.sizes
+    (('grey.mp4',), array([20]), array([[24, 32]]))
+    """
+    for name, value, high in (
+        ("shorter_side", shorter_side, None),
+        ("quality", quality, 100),
+        ("videos_per_shard", videos_per_shard, None),
+        ("num_parallel_calls", 1 if num_parallel_calls is None else num_parallel_calls, None),
+    ):
+        if not isinstance(value, (int, np.integer)) or isinstance(value, bool) or not 1 <= value <= (high or value):
+            limits = "a positive integer" if high is None else f"an integer from 1 to {high}"
+            raise ValueError(f"`{name}` must be {limits}. Received: {name}={value!r}")
+    if on_error not in ("skip", "raise"):
+        raise ValueError(f'`on_error` must be "skip" or "raise". Received: on_error={on_error!r}')
+    out = _directory(out)
+    encoder = _Encoder(annotations, int(shorter_side), int(quality))
+    plan = {
+        "version": _VERSION,
+        "options": {
+            "shorter_side": int(shorter_side),
+            "quality": int(quality),
+            "videos_per_shard": int(videos_per_shard),
+        },
+        "class_names": None if annotations.class_names is None else list(annotations.class_names),
+        "label_kind": _label_kind(annotations.labels),
+        "num_videos": len(annotations.paths),
+        "videos": encoder.digest(),
+    }
+    # The classes come mixed in every shard although annotations list one after the other.
+    order = np.random.default_rng(0).permutation(len(annotations.paths))
+    parts = [order[start : start + videos_per_shard] for start in range(0, len(order), videos_per_shard)]
+
+    finished = _open_directory(out, plan)
+    shards = []
+    with concurrent.futures.ThreadPoolExecutor(num_parallel_calls or os.cpu_count()) as executor:
+        for number, part in enumerate(parts):
+            file = f"videos-{number:05d}-of-{len(parts):05d}.tfrecord"
+            state = _join(out, file + ".json")
+            shard = _read_json(state) if tf.io.gfile.exists(state) else finished.get(file)
+            is_there = shard is not None and _damage(out, shard) is None
+            if not is_there:
+                shard = _write_shard(out, file, part, encoder, executor, on_error)
+                _write_json(state, shard)
+            shards.append(shard)
+            if verbose:
+                print(
+                    f"{file}: {len(shard['records'])} videos, {len(shard['skipped'])} broken, "
+                    f"{shard['bytes'] / 1e6:.1f} MB{', was there' if is_there else ''}",
+                    flush=True,
+                )
+    if not any(shard["records"] for shard in shards):
+        reasons = [reason for shard in shards for reason in shard["skipped"].values()]
+        raise VideoError(f"No video could be decoded: {len(reasons)} are broken, the first: {reasons[:1]}")
+    _write_json(_join(out, INDEX), plan | {"shards": shards})
+    for name in (_UNFINISHED, *(shard["file"] + ".json" for shard in shards)):
+        if tf.io.gfile.exists(_join(out, name)):
+            tf.io.gfile.remove(_join(out, name))
+    return read_index(out)
+
+
+class _Encoder:
+    """From the number of a video to its record."""
+
+    def __init__(self, annotations, shorter_side, quality):
+        self.annotations = annotations
+        self._shorter_side = shorter_side
+        self._quality = quality
+        paths = [os.path.abspath(path) for path in annotations.paths]
+        root = os.path.commonpath([os.path.dirname(path) for path in paths]) if paths else ""
+        self.names = [os.path.relpath(path, root).replace(os.sep, "/") for path in paths]
+
+    def label(self, video):
+        """An integer, a list of the classes that are set, or `None`."""
+        labels = self.annotations.labels
+        if labels is None:
+            return None
+        return int(labels[video]) if np.ndim(labels) == 1 else np.flatnonzero(labels[video]).tolist()
+
+    def digest(self):
+        """What tells one list of videos from another."""
+        rows = [[name, self.label(video)] for video, name in enumerate(self.names)]
+        return hashlib.sha256(json.dumps(rows).encode()).hexdigest()
+
+    def __call__(self, video):
+        """Returns the record and what the index says of it, or else the `VideoError`."""
+        try:
+            with VideoReader(self.annotations.paths[video]) as reader:
+                sizes = set()
+
+                def jpeg(image):
+                    sizes.add(image.shape[:2])
+                    return self._jpeg(image)
+
+                jpegs = reader.map_frames(jpeg, self._shorter_side)
+                if len(sizes) > 1:
+                    raise VideoError(f"Cannot decode {reader.path}: its frames are of several sizes, {sorted(sizes)}")
+                timestamps = reader.timestamps
+            return self._record(video, jpegs, timestamps, sizes.pop())
+        except VideoError as error:
+            return error
+
+    def _jpeg(self, image):
+        stream = io.BytesIO()
+        PIL.Image.fromarray(np.ascontiguousarray(image)).save(stream, "JPEG", quality=self._quality)
+        return stream.getvalue()
+
+    def _record(self, video, jpegs, timestamps, size):
+        name, label, (height, width) = self.names[video], self.label(video), map(int, size)
+        if sum(map(len, jpegs)) >= 2**31 - 2**24:  # the limit of protocol buffers, with room for the rest
+            raise VideoError(f"Cannot decode {self.annotations.paths[video]}: its frames exceed a record's 2 GiB")
+        labels = [] if label is None else np.atleast_1d(label).tolist()
+        features = {
+            "frames": tf.train.Feature(bytes_list=tf.train.BytesList(value=jpegs)),
+            "name": tf.train.Feature(bytes_list=tf.train.BytesList(value=[name.encode()])),
+            "label": tf.train.Feature(int64_list=tf.train.Int64List(value=labels)),
+            "timestamps": tf.train.Feature(float_list=tf.train.FloatList(value=timestamps)),
+            "height": tf.train.Feature(int64_list=tf.train.Int64List(value=[height])),
+            "width": tf.train.Feature(int64_list=tf.train.Int64List(value=[width])),
+        }
+        data = tf.train.Example(features=tf.train.Features(feature=features)).SerializeToString()
+        entry = {
+            "path": name,
+            "label": label,
+            "num_frames": len(jpegs),
+            "height": height,
+            "width": width,
+            "length": len(data),
+            "fingerprint": tf.fingerprint([data]).numpy().tobytes().hex(),
+        }
+        return data, entry
+
+
+def _write_shard(out, file, videos, encoder, executor, on_error):
+    """Writes one shard and returns what the index says of it."""
+    path, partial = _join(out, file), _join(out, file + ".partial")
+    records, skipped, position = [], {}, 0
+    with tf.io.TFRecordWriter(partial) as writer:
+        for video, result in zip(videos, _mapped(executor, encoder, videos), strict=True):
+            if isinstance(result, VideoError):
+                if on_error == "raise":
+                    raise result
+                _LOGGER.warning("Skipped a broken video. %s", result)
+                skipped[encoder.names[video]] = str(result)
+                continue
+            data, entry = result
+            writer.write(data)
+            records.append(entry | {"offset": position + _HEAD_BYTES})
+            position += _HEAD_BYTES + len(data) + _TAIL_BYTES
+    tf.io.gfile.rename(partial, path, overwrite=True)
+    shard = {"file": file, "bytes": position, "sha256": _sha256(path), "records": records, "skipped": skipped}
+    damage = _damage(out, shard, checksum=False)
+    if damage is not None:
+        raise OSError(f"Writing {path} failed: {damage}")
+    return shard
+
+
+def _mapped(executor, function, items):
+    """`map` by threads that are at most one item each ahead of who takes the results."""
+    futures, limit = collections.deque(), getattr(executor, "_max_workers", 1)
+    try:
+        for item in items:
+            if len(futures) > limit:
+                yield futures.popleft().result()
+            futures.append(executor.submit(function, item))
+        while futures:
+            yield futures.popleft().result()
+    finally:
+        for future in futures:
+            future.cancel()
+
+
+def _open_directory(out, plan):
+    """Makes the directory, or checks that what it holds was planned alike; returns its shards by their names."""
+    tf.io.gfile.makedirs(out)
+    for name in (INDEX, _UNFINISHED):
+        if tf.io.gfile.exists(_join(out, name)):
+            before = _read_json(_join(out, name))
+            different = [key for key in plan if before.get(key) != plan[key]]
+            if different:
+                told = {key: before.get(key) for key in different if key != "videos"}
+                raise ValueError(
+                    f"`out` must be empty or hold shards of the same videos, written with the same options. It differs "
+                    f"in {', '.join(different)}: {told}. Received: out={out!r}"
+                )
+            return {shard["file"]: shard for shard in before.get("shards", ())}
+    _write_json(_join(out, _UNFINISHED), plan)
+    return {}
+
+
+def _label_kind(labels):
+    return None if labels is None else "int" if np.ndim(labels) == 1 else "multi_hot"
+
+
+# The index
+
+
+def is_shards(directory):
+    """Whether a directory holds shards that are complete, that is their index `shards.json`."""
+    return tf.io.gfile.exists(_join(_directory(directory), INDEX))
+
+
+def read_index(directory):
+    """Reads the index of a directory of shards.
+
+    Args:
+        directory: String or path-like, on any file system that `tf.io.gfile` knows.
+
+    Returns:
+        A `ShardIndex`.
+
+    Raises:
+        ValueError: If there is no index, it is damaged or of a newer version.
+    """
+    directory = _directory(directory)
+    if not is_shards(directory):
+        raise ValueError(
+            f"`directory` must hold shards, complete with their {INDEX}. Received: directory={directory!r}"
+        )
+    content = _read_json(_join(directory, INDEX))
+    if content.get("version") != _VERSION:
+        raise ValueError(
+            f"{INDEX} must be of version {_VERSION}. Received: version={content.get('version')!r} in {directory!r}"
+        )
+    shards, class_names = content["shards"], content["class_names"]
+    records = [record for shard in shards for record in shard["records"]]
+    labels = [record["label"] for record in records]
+    if content["label_kind"] is None:
+        labels = None
+    elif content["label_kind"] == "int":
+        labels = np.array(labels, "int64")
+    else:
+        classes = labels
+        labels = np.zeros((len(records), len(class_names)), "float32")
+        for row, columns in zip(labels, classes, strict=True):
+            row[columns] = 1
+
+    def column(*names):
+        return np.array([[record[name] for name in names] for record in records], "int64").reshape(-1, len(names))
+
+    fingerprints = b"".join(bytes.fromhex(record["fingerprint"]) for record in records)
+    return ShardIndex(
+        directory=directory,
+        class_names=None if class_names is None else tuple(class_names),
+        paths=tuple(record["path"] for record in records),
+        labels=labels,
+        num_frames=column("num_frames")[:, 0],
+        sizes=column("height", "width"),
+        files=tuple(shard["file"] for shard in shards),
+        file_numbers=np.repeat(np.arange(len(shards)), [len(shard["records"]) for shard in shards]),
+        offsets=column("offset")[:, 0],
+        lengths=column("length")[:, 0],
+        fingerprints=np.frombuffer(fingerprints, "int64"),
+        skipped={path: reason for shard in shards for path, reason in shard["skipped"].items()},
+    )
+
+
+def verify_shards(directory):
+    """Compares every shard of a directory with its checksum.
+
+    Args:
+        directory: String or path-like, a directory of shards.
+
+    Returns:
+        A dict from the names of damaged shards to what is wrong; empty if all are as they were written.
+
+    Raises:
+        ValueError: If `directory` holds no shards.
+    """
+    index = read_index(directory)
+    shards = _read_json(_join(index.directory, INDEX))["shards"]
+    damages = {shard["file"]: _damage(index.directory, shard) for shard in shards}
+    return {file: damage for file, damage in damages.items() if damage is not None}
+
+
+def _damage(directory, shard, checksum=True):
+    """What is wrong with a shard, or `None`."""
+    path = _join(directory, shard["file"])
+    size = _file_size(path)
+    if size is None:
+        return "it is missing"
+    if size != shard["bytes"]:
+        return f"it has {size} bytes instead of {shard['bytes']}"
+    if checksum and _sha256(path) != shard["sha256"]:
+        return "its content has changed"
+    return None
+
+
+# Reading
+
+
+def shard_source(
+    index,
+    chosen,
+    clip,
+    shuffle,
+    seed,
+    shard=None,
+    num_parallel_calls=None,
+    reshuffle_each_iteration=True,
+    distributed=False,
+):
+    """The clips of shards, as a dataset that is TensorFlow's own operations from end to end.
+
+    Each clip reads its own record, so that any order costs the same: the shuffle is over all videos, not over a
+    buffer, and takes no memory. Only the frames of the clip are decoded, each once and of each only the window under
+    the crop. Record numbers, not file names or threads, seed the random draws.
+
+    A record whose fingerprint is not that of the index, or whose file is missing or too short, gives a black clip
+    with `is_good` false; the other records of its file are read.
+
+    Args:
+        index: A `ShardIndex`.
+        chosen: Integer array, the numbers of the records to read, or `None` for all.
+        clip: A `ClipOptions`.
+        shuffle: Whether to draw an order of the records.
+        seed: Integer seed of the order and the random clips.
+        shard: `None`, or a pair `(num, index)`: only every `num`-th of `chosen`, from the `index`-th on.
+        num_parallel_calls: Integer, how many clips are decoded at a time. `None` lets `tf.data` decide.
+        reshuffle_each_iteration: Whether every pass has an order and clips of its own, else all are as the first.
+        distributed: Whether the dataset goes to workers of the `tf.data` service, which cannot tell the passes apart:
+            with `reshuffle_each_iteration` the clips then depend on the clock, no longer on `seed` alone, and the
+            order is a fixed random one of which stretches (64 records, less for fewer than 4,096) are shuffled anew.
+
+    Returns:
+        A `tf.data.Dataset` of `(clip, number, is_good, message)`: a uint8 tensor of the shape `clip.shape`, the int64
+        number of the record, a bool, and a string that says what is wrong where `is_good` is false.
+    """
+    numbers = np.arange(len(index.paths)) if chosen is None else np.asarray(chosen, "int64")
+    if shard is not None:
+        numbers = numbers[shard[1] :: shard[0]]
+    order = _order(len(numbers), shuffle, seed, reshuffle_each_iteration, distributed)
+    return order.map(
+        _ClipLoader(index, numbers, clip, seed),
+        num_parallel_calls=num_parallel_calls or tf.data.AUTOTUNE,
+        deterministic=True,
+    )
+
+
+def _order(count, shuffle, seed, reshuffle, distributed):
+    """A dataset of `(position, epoch)`: every position from 0 to `count` once, and what tells a pass from others."""
+
+    def shuffled(position, epoch, count):
+        """A permutation that is a function: no buffer, and the same in every worker."""
+        if not shuffle:
+            return position
+        return tf.random.experimental.index_shuffle(position, tf.stack([tf.constant(seed, tf.int64), epoch]), count - 1)
+
+    first = tf.constant(0, tf.int64)
+    positions = tf.data.Dataset.range(count)
+    if not reshuffle:
+        return positions.map(lambda position: (shuffled(position, first, count), first))
+    if not distributed:
+        epoch = tf.data.Dataset.random(seed=seed, rerandomize_each_iteration=True).take(1)
+        epochs = epoch.flat_map(lambda epoch: tf.data.Dataset.from_tensors(epoch).repeat())
+        return tf.data.Dataset.zip(positions, epochs).map(
+            lambda position, epoch: (shuffled(position, epoch, count), epoch)
+        )
+    # The service deals out the elements of the source, here stretches. It restarts the random generators of its
+    # workers in every pass: only the clock tells passes apart.
+    length = min(max(count // 64, 1), 64)
+
+    def stretch(start):
+        epoch = tf.bitcast(tf.timestamp(), tf.int64)
+        size = tf.minimum(tf.constant(length, tf.int64), count - start)
+        return tf.data.Dataset.range(size).map(
+            lambda position: (shuffled(start + shuffled(position, epoch, size), first, count), epoch)
+        )
+
+    return tf.data.Dataset.range(0, count, length).flat_map(stretch)
+
+
+class _ClipLoader:
+    """From a position among the chosen records to `(clip, number, is_good, message)`, in graph operations."""
+
+    def __init__(self, index, numbers, clip, seed):
+        self._clip = clip
+        self._seed = seed
+        paths = [_join(index.directory, file) for file in index.files]
+        used = np.unique(index.file_numbers[numbers])
+        # Asked here, once: in the graph a file that is missing or cut off would be an error, not a lost record.
+        with concurrent.futures.ThreadPoolExecutor(16) as executor:
+            found = list(executor.map(lambda number: _file_size(paths[number]) or 0, used))
+        file_sizes = np.zeros(len(paths), "int64")
+        file_sizes[used] = found
+        self._paths, self._files, self._file_sizes = paths, index.files, file_sizes
+        self._columns = {
+            "number": numbers,
+            "file": index.file_numbers[numbers],
+            "offset": index.offsets[numbers],
+            "length": index.lengths[numbers],
+            "fingerprint": index.fingerprints[numbers],
+            "num_frames": index.num_frames[numbers],
+            "size": index.sizes[numbers],
+        }
+
+    def __call__(self, position, epoch):
+        clip = self._clip
+        record = {name: tf.gather(tf.constant(column, tf.int64), position) for name, column in self._columns.items()}
+        data = self._read(record)
+        is_good = tf.bitcast(tf.fingerprint([data])[0], tf.int64) == record["fingerprint"]
+        message = tf.strings.format(
+            "the record at byte {} of {} is damaged", (record["offset"], tf.gather(self._files, record["file"]))
+        )
+        # Seeded by record and pass: whoever loads it, and whatever was loaded before, the clip is the same.
+        key = tf.stack([tf.constant(self._seed, tf.int64), epoch])
+        key = tf.random.experimental.stateless_fold_in(key, record["number"])
+        uniform = tf.random.stateless_uniform([clip.num_frames + 4], key, dtype=tf.float64)
+        frames, corners, size, resized = self._geometry(record, uniform)
+        unique, places = tf.unique(tf.reshape(frames, [-1]))
+        top_left = tf.reduce_min(corners, axis=0)
+        extent = tf.reduce_max(corners, axis=0) + size - top_left
+        images = tf.cond(
+            is_good,
+            lambda: self._decode(data, unique, record["size"], resized, top_left, extent),
+            lambda: tf.zeros(tf.concat([tf.shape(unique, tf.int64), extent, [3]], 0), tf.uint8),
+        )
+        places = tf.reshape(places, tf.shape(frames))
+        num_corners = 1 if clip.views is None else clip.views[1]
+        crops = []
+        for corner in tf.unstack(corners - top_left, num=num_corners):
+            crop = images[:, corner[0] : corner[0] + size[0], corner[1] : corner[1] + size[1]]
+            crops.append(tf.gather(crop, places))
+        if clip.views is None:
+            result = crops[0]
+            if clip.horizontal_flip:
+                result = tf.cond(uniform[-1] < 0.5, lambda: tf.reverse(result, [2]), lambda: result)
+        else:
+            result = tf.stack(crops, axis=1)
+            result = tf.reshape(result, tf.concat([[clip.views[0] * clip.views[1]], tf.shape(result)[2:]], 0))
+        return tf.ensure_shape(result, clip.shape), record["number"], is_good, tf.where(is_good, "", message)
+
+    def _read(self, record):
+        """The record's data; nothing where its file does not reach."""
+        file_size = tf.gather(tf.constant(self._file_sizes), record["file"])
+        rest = file_size - record["offset"] - record["length"]
+
+        def read():
+            return tf.data.FixedLengthRecordDataset(
+                tf.gather(self._paths, record["file"]),
+                record_bytes=record["length"],
+                header_bytes=record["offset"],
+                footer_bytes=rest,
+            ).get_single_element()
+
+        return tf.cond(rest >= 0, read, lambda: tf.constant(b""))
+
+    def _geometry(self, record, uniform):
+        """Frame numbers, the crops' corners and size, and the size of the whole frame that they lie in."""
+        clip, xp = self._clip, tf.experimental.numpy
+        arguments = (record["num_frames"], clip.num_frames, clip.frame_stride)
+        low, high = clip.shorter_side
+        side = low + tf.cast(uniform[-2] * (high - low + 1), tf.int64)
+        resized = _resized(record["size"], side)
+        size = resized if clip.image_size is None else tf.constant(clip.image_size, tf.int64)
+        if clip.views is None:
+            frames = training_positions(*arguments, uniform[: clip.num_frames], clip.sampling, xp=xp)
+            corners = random_crop_position(resized[0], resized[1], size, uniform[-4:-2], xp=xp)[None]
+        else:
+            frames = view_positions(*arguments, clip.views[0], clip.sampling, xp=xp)
+            corners = view_crop_positions(resized[0], resized[1], size, clip.views[1], xp=xp)
+        return frames, corners, size, resized
+
+    @staticmethod
+    def _decode(data, frames, stored, resized, top_left, extent):
+        """The windows of `extent` at `top_left` of the frames, had they been resized from `stored` to `resized`."""
+        jpegs = tf.io.parse_single_example(
+            data, {"frames": tf.io.FixedLenSequenceFeature([], tf.string, allow_missing=True)}
+        )["frames"]
+        scale = tf.cast(resized, tf.float64) / tf.cast(stored, tf.float64)
+        # Of the stored frame, the pixels under the window and as many around it as interpolation takes in.
+        margin = tf.maximum(1 / scale, 1) + 1
+        first = tf.cast(tf.floor(tf.cast(top_left, tf.float64) / scale - margin), tf.int64)
+        last = tf.cast(tf.math.ceil(tf.cast(top_left + extent, tf.float64) / scale + margin), tf.int64)
+        first, last = tf.maximum(first, 0), tf.minimum(last, stored)
+        window = tf.cast(tf.concat([first, last - first], 0), tf.int32)
+        shift = tf.cast(first, tf.float64) * scale - tf.cast(top_left, tf.float64)
+
+        def image(jpeg):
+            pixels = tf.image.decode_and_crop_jpeg(jpeg, window, channels=3)
+            pixels = tf.raw_ops.ScaleAndTranslate(
+                images=pixels[None],
+                size=tf.cast(extent, tf.int32),
+                scale=tf.cast(scale, tf.float32),
+                translation=tf.cast(shift, tf.float32),
+                kernel_type="triangle",
+                antialias=True,
+            )[0]
+            return tf.cast(tf.round(pixels), tf.uint8)
+
+        return tf.map_fn(image, tf.gather(jpegs, frames), fn_output_signature=tf.TensorSpec([None, None, 3], tf.uint8))
+
+
+def _resized(size, side):
+    """The size of frames whose shorter side becomes `side`, rounded as in decoding."""
+    shorter, longer = tf.reduce_min(size), tf.reduce_max(size)
+    longer = (2 * longer * side + shorter) // (2 * shorter)
+    return tf.where(size == shorter, side, longer)
+
+
+# Files, wherever they are
+
+
+def _directory(directory):
+    """The directory as a string, its file system being there."""
+    directory = os.fspath(directory)
+    if "://" in directory:
+        scheme = directory.split("://")[0]
+        if scheme not in tf.io.gfile.get_registered_schemes():
+            _register_file_systems()
+        if scheme not in tf.io.gfile.get_registered_schemes():
+            raise ValueError(
+                f"{scheme}:// is read through tensorflow-io, which does not load in TensorFlow {tf.__version__}. "
+                f"Install {' and '.join(_IO_PACKAGES)}. Received: directory={directory!r}"
+            )
+    return directory.rstrip("/")
+
+
+def _register_file_systems():
+    try:
+        importlib.import_module("tensorflow_io")
+    except (ImportError, OSError, tf.errors.OpError):
+        # Not installed, or built for another TensorFlow: the caller sees that nothing was registered.
+        return
+
+
+def _join(directory, name):
+    return f"{directory}/{name}"
+
+
+def _file_size(path):
+    """In bytes; `None` if there is no such file."""
+    try:
+        return int(tf.io.gfile.stat(path).length)
+    except tf.errors.NotFoundError:
+        return None
+
+
+def _sha256(path):
+    digest = hashlib.sha256()
+    with tf.io.gfile.GFile(path, "rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def _read_json(path):
+    with tf.io.gfile.GFile(path, "r") as file:
+        text = file.read()
+    try:
+        return json.loads(text)
+    except ValueError as error:
+        raise ValueError(f"Expected JSON ({error}). Received: {path!r}") from error
+
+
+def _write_json(path, content):
+    """The file appears under its name only when it is complete."""
+    with tf.io.gfile.GFile(path + ".partial", "w") as file:
+        file.write(json.dumps(content, separators=(",", ":")) + "\n")
+    tf.io.gfile.rename(path + ".partial", path, overwrite=True)
