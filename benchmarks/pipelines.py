@@ -23,11 +23,12 @@ FPS = 30
 # Pipeline: the packages whose versions the report names.
 PIPELINES = {
     "ours": ("tensorflow", "keras", "av"),
-    "ours, shards": ("tensorflow", "keras"),
-    "decord, tf.data": ("tensorflow", "decord2"),
-    "decord, DataLoader": ("torch", "decord2"),
+    "shards": ("tensorflow", "keras"),
+    "decord_tfdata": ("tensorflow", "decord2"),
+    "decord_loader": ("torch", "decord2"),
     "pytorchvideo": ("torch", "torchvision", "pytorchvideo", "av"),
 }
+OURS = ("ours", "shards")
 
 
 # Builders: each returns an iterable of batches; one iteration is a pass, with a clip of every video.
@@ -54,6 +55,13 @@ def build_ours(folder, clip, workers):
     from keras_nonlocal.applications import preprocess_input
 
     return our_dataset(folder, clip, workers, labels=None).map(preprocess_input)
+
+
+def build_shards(folder, clip, workers):
+    from keras_nonlocal.applications import preprocess_input
+
+    # Shards hold every video once; its copies are passes, so that as many clips come.
+    return our_dataset(folder, clip, workers, labels=None).repeat(clip["copies"]).map(preprocess_input)
 
 
 def decord_clip(path, clip, rng):
@@ -139,9 +147,9 @@ def build_pytorchvideo(folder, clip, workers):
 
 BUILDERS = {
     "ours": build_ours,
-    "ours, shards": build_ours,
-    "decord, tf.data": build_decord_tfdata,
-    "decord, DataLoader": build_decord_loader,
+    "shards": build_shards,
+    "decord_tfdata": build_decord_tfdata,
+    "decord_loader": build_decord_loader,
     "pytorchvideo": build_pytorchvideo,
 }
 
@@ -217,7 +225,7 @@ class Worker:
             import tensorflow as tf
 
             tf.config.threading.set_intra_op_parallelism_threads(self.threads)
-        if self.pipeline.startswith("ours"):
+        if self.pipeline in OURS:
             import keras_nonlocal.applications
             import keras_nonlocal.data  # noqa: F401
         return {"versions": versions}
@@ -244,7 +252,7 @@ class Worker:
             return {"failure": f"gave {sum(counts)} and {sum(again)} of {num_clips} clips"}
         return {"first_seconds": first, "seconds": seconds}
 
-    def fit(self, folder, clip, workers):
+    def fit(self, folder, clip, workers, passes):
         """The share of a `fit` of the small I3D in which it waits for the next batch, and clips a second."""
         import keras
         import tensorflow as tf
@@ -253,6 +261,7 @@ class Worker:
 
         dataset = our_dataset(folder, clip, workers)
         num_classes = len(dataset.class_names)
+        dataset = dataset.repeat(passes)
         arrivals = []
 
         def note_arrival():
