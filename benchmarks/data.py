@@ -42,6 +42,8 @@ FULL = {
     "rounds": 5,
     "fit_passes": 2,
     "clips": CLIPS,
+    "fit_clip": (8, 8),
+    "workers": (1, 2),
 }
 QUICK = {
     "num_files": 4,
@@ -54,10 +56,10 @@ QUICK = {
     "rounds": 1,
     "fit_passes": 2,
     "clips": {"4 frames, stride 2": (4, 2)},
+    "fit_clip": (4, 2),
+    "workers": (1,),
 }
-FIT_CLIP = (8, 8)
 FOOTAGE = ("bikes.mp4", "bigbuckbunny.mp4", "carphone_pristine.mp4")
-WORKERS = (1, 2)
 NAMES = {
     "ours": "**ours**",
     "shards": "**ours**, JPEG shards",
@@ -169,7 +171,7 @@ def measure(folders, clip, workers, able, options):
     try:
         for name, process in processes.items():
             videos, ramp = ("shards", "ramp shards") if name == "shards" else ("links", "ramp")
-            process.tell(do="describe")
+            process.tell(do="start")
             process.tell(do="build", folder=folders[videos], ramp=folders[ramp], clip=clip, workers=workers)
         for name, process in processes.items():
             replies = [process.hear(options.start_timeout) for _ in range(2)]
@@ -195,9 +197,9 @@ def measure(folders, clip, workers, able, options):
 def measure_fit(folder, clip, workers, passes, options):
     process = Process("ours", options)
     try:
-        described = process.ask(options.start_timeout, do="describe")
-        if "failure" in described:
-            return described
+        started = process.ask(options.start_timeout, do="start")
+        if "failure" in started:
+            return started
         return process.ask(options.timeout, do="fit", folder=folder, clip=clip, workers=workers, passes=passes)
     finally:
         process.close()
@@ -385,9 +387,7 @@ def main(arguments=None):
     if options.report:
         return write(json.loads(path.read_text()), options.out)
     options.out.mkdir(parents=True, exist_ok=True)
-    descriptions = layers.describe_peers(options, Process)
-    if "failure" in descriptions["ours"]:
-        sys.exit(f"keras_nonlocal does not run: {descriptions['ours']['failure']}")
+    descriptions = {peer: pipelines.describe(peer) for peer in options.peers}
     for peer, description in descriptions.items():
         if "failure" in description:
             layers.log(f"{peer}: {description['failure']}")
@@ -403,7 +403,7 @@ def main(arguments=None):
     results = {"fit": {}, **layers.load(path, settings, options.fresh)}
     with tempfile.TemporaryDirectory() as temporary:
         folders, results["bytes"] = make_videos(options.videos or pathlib.Path(temporary), options)
-        for (name, sizes), workers in itertools.product(options.plan["clips"].items(), WORKERS):
+        for (name, sizes), workers in itertools.product(options.plan["clips"].items(), options.plan["workers"]):
             key = f"{name}, {workers} worker{'s' * (workers > 1)}"
             if key not in results["cases"]:
                 clip = clip_of(options.plan, *sizes)
@@ -413,12 +413,10 @@ def main(arguments=None):
                     f"{peer} {cell_text(cell, 'clips_per_second', 1)}" for peer, cell in results["cases"][key].items()
                 )
                 layers.log(f"{key}: {'; '.join(texts)}")
-        for name, workers in itertools.product(("files", "shards"), WORKERS):
+        for name, workers in itertools.product(("files", "shards"), options.plan["workers"]):
             key = f"{name}, {workers} worker{'s' * (workers > 1)}"
             if key not in results["fit"]:
-                clip = clip_of(
-                    options.plan, *(next(iter(options.plan["clips"].values())) if options.quick else FIT_CLIP)
-                )
+                clip = clip_of(options.plan, *options.plan["fit_clip"])
                 results["fit"][key] = measure_fit(folders[name], clip, workers, options.plan["fit_passes"], options)
                 layers.save(path, results)
                 layers.log(f"fit, {key}: {results['fit'][key]}")

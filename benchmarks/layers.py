@@ -135,9 +135,9 @@ class Process:
         return {"failure": failure}
 
 
-def describe_peers(options, start=Process):
+def describe_peers(options):
     """What every peer says of itself: functions and versions, or that it is not installed."""
-    processes = {peer: start(peer, options) for peer in options.peers}
+    processes = {peer: Process(peer, options) for peer in options.peers}
     for process in processes.values():
         process.tell(do="describe")
     replies = {peer: process.hear(options.start_timeout) for peer, process in processes.items()}
