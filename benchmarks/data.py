@@ -44,6 +44,7 @@ FULL = {
     "clips": CLIPS,
     "fit_clip": (8, 8),
     "workers": (1, 2),
+    "fit": ("files", "shards"),
 }
 QUICK = {
     "num_files": 4,
@@ -58,6 +59,7 @@ QUICK = {
     "clips": {"4 frames, stride 2": (4, 2)},
     "fit_clip": (4, 2),
     "workers": (1,),
+    "fit": ("files",),
 }
 FOOTAGE = ("bikes.mp4", "bigbuckbunny.mp4", "carphone_pristine.mp4")
 NAMES = {
@@ -413,7 +415,7 @@ def main(arguments=None):
                     f"{peer} {cell_text(cell, 'clips_per_second', 1)}" for peer, cell in results["cases"][key].items()
                 )
                 layers.log(f"{key}: {'; '.join(texts)}")
-        for name, workers in itertools.product(("files", "shards"), options.plan["workers"]):
+        for name, workers in itertools.product(options.plan["fit"], options.plan["workers"]):
             key = f"{name}, {workers} worker{'s' * (workers > 1)}"
             if key not in results["fit"]:
                 clip = clip_of(options.plan, *options.plan["fit_clip"])

@@ -184,7 +184,7 @@ def import_pytorchvideo():
     """Makes pytorchvideo 0.1.5 importable by what no pipeline uses.
 
     torchvision's compiled operations do not load beside a build of torch without CUDA; its import then misses the
-    signature of one of them. And pytorchvideo wants a module of torchvision that has been renamed since.
+    signatures of two of them. And pytorchvideo wants a module of torchvision that has been renamed since.
     """
     import sys
 
@@ -193,7 +193,8 @@ def import_pytorchvideo():
     try:
         import torchvision  # noqa: F401
     except RuntimeError:
-        torch.library.define("torchvision::nms", "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+        for name in ("nms", "qnms"):
+            torch.library.define(f"torchvision::{name}", "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
     import torchvision.transforms._functional_tensor as renamed
 
     sys.modules.setdefault("torchvision.transforms.functional_tensor", renamed)

@@ -87,6 +87,22 @@ def test_the_check_reads_the_distance_of_frames():
         pipelines.check("ours", clip, [np.zeros((2, 4, 6, 6, 3), "uint8")])
 
 
+def test_our_pipelines(tmp_path):
+    """In this process, which has loaded TensorFlow; the command and its processes are a slow proof."""
+    options = data.parse(["--quick"])
+    folders, num_bytes = data.make_videos(tmp_path, options)
+    assert min(num_bytes.values()) > 1000
+    clip = data.clip_of(options.plan, 4, 2)
+    for pipeline, videos, ramp in (("ours", "links", "ramp"), ("shards", "shards", "ramp shards")):
+        worker = pipelines.Worker(pipeline, threads=1)
+        worker.build(folders[videos], folders[ramp], clip, workers=1)
+        assert worker.run(num_clips=8).keys() == {"first_seconds", "seconds"}
+        assert worker.run(num_clips=9) == {"failure": "gave 8 and 8 of 9 clips"}
+    found = pipelines.Worker("ours", threads=1).fit(folders["files"], clip, workers=1, passes=2)
+    assert found["steps"] == 3 and 0 <= found["share"] < 1
+
+
+@pytest.mark.slow
 def test_quick(tmp_path):
     """Without peers: the tests do not need the extra `bench`."""
     command = [sys.executable, str(ROOT / "benchmarks" / "data.py"), "--quick", "--threads", "2"]
@@ -96,6 +112,6 @@ def test_quick(tmp_path):
     (cells,) = results["cases"].values()
     assert set(cells) == {"ours", "shards"}
     assert all(len(cell["clips_per_second"]) == 1 and cell["clips_per_second"][0] > 0 for cell in cells.values())
-    assert [fit["steps"] for fit in results["fit"].values()] == [3, 3]
+    assert [fit["steps"] for fit in results["fit"].values()] == [3]
     assert all(0 <= fit["share"] < 1 for fit in results["fit"].values())
     assert "**Quick run" in (tmp_path / "data.md").read_text()
