@@ -66,6 +66,8 @@ class Case:
 class Process:
     """A worker: one peer, until it fails or is closed."""
 
+    script = __file__  # which serves the worker
+
     def __init__(self, peer, options):
         self.peer, self.options = peer, options
         threads = str(options.threads)
@@ -79,7 +81,7 @@ class Process:
             "TF_CPP_MIN_LOG_LEVEL": "3",
         }
         self.process = subprocess.Popen(
-            [sys.executable, __file__, "--worker", peer, "--threads", threads],
+            [sys.executable, self.script, "--worker", peer, "--threads", threads],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=None if options.verbose else subprocess.DEVNULL,
@@ -295,7 +297,7 @@ def parse(arguments=None):
 def main(arguments=None):
     options = parse(arguments)
     if options.worker:
-        return peers.main(options.worker, options.threads)
+        return peers.serve(peers.Worker(options.worker, options.threads))
     path = options.out / "layers.json"
     if options.report:
         return report.write(json.loads(path.read_text()), options.out)

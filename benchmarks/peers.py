@@ -446,10 +446,10 @@ def describe_error(error):
     return f"{name}: {text[:160]}"
 
 
-def main(peer, threads):
+def serve(worker):
+    """Answers the requests of `layers.Process` by the methods of a worker."""
     replies = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)  # what libraries print must not look like a reply
-    worker = Worker(peer, threads)
     for line in sys.stdin:
         request = json.loads(line)
         try:

@@ -192,6 +192,32 @@ def _predict(args):
     return exit_code
 
 
+def _inspect(args):
+    if not args.out.endswith(".png"):
+        raise _BadInput(f"--out must end with .png. Received: --out {args.out}")
+
+    from keras_nonlocal.data import inspect_videos
+
+    with _reported_as_bad_input():
+        inspection = inspect_videos(
+            args.data,
+            **_annotations(args),
+            contact_sheet=args.out,
+            num_clips=args.clips,
+            num_frames=args.num_frames,
+            frame_stride=args.frame_stride,
+            image_size=args.image_size,
+            shorter_side=tuple(args.shorter_side),
+            horizontal_flip=not args.no_flip,
+            seed=args.seed,
+        )
+    print(inspection.summary())
+    if not inspection.facts:
+        raise _BadInput(f"no video can be decoded. Received: DATA={args.data!r}")
+    print(f"Wrote {inspection.contact_sheet}")
+    return 0
+
+
 def _export(args):
     model, settings = _load_keras(args.model), _read_settings(args.model)
     names = args.class_names.split(",") if args.class_names else settings.get("class_names")
@@ -484,16 +510,7 @@ def _parser():
     train.add_argument("--pairwise", choices=PAIRWISE, help="pairwise function (default: embedded_gaussian)")
     train.add_argument("--weights", metavar="PATH", help="weights to start from: a file of Keras or of another project")
     train.add_argument("--new-head", action="store_true", help="new head, as the weights are of other classes")
-    _sizes(train, num_frames=8, frame_stride=8, image_size=224)
-    train.add_argument(
-        "--shorter-side",
-        type=_positive,
-        nargs=2,
-        metavar=("LOW", "HIGH"),
-        default=[256, 320],
-        help="frames are resized to a random shorter side in this range before the crop (default: 256 320)",
-    )
-    train.add_argument("--no-flip", action="store_true", help="never mirror a clip")
+    _training_clips(train)
     train.add_argument(
         "--batch-size", type=_positive, default=8, metavar="N", help="clips in a batch (default: %(default)s)"
     )
@@ -534,6 +551,21 @@ def _parser():
     )
     predict.add_argument("--json", action="store_true", help="print a JSON object a line, for every video")
     _views(predict, clips=1, crops=1)
+
+    inspect = _command(commands, "inspect", _inspect, "says what a collection of videos holds and draws training clips")
+    inspect.add_argument("data", metavar="DATA", help="folder of the videos")
+    _annotation_options(inspect)
+    inspect.add_argument(
+        "--out",
+        default="inspection.png",
+        metavar="SHEET.png",
+        help="contact sheet to write, a row a clip (default: %(default)s)",
+    )
+    inspect.add_argument(
+        "--clips", type=_positive, default=12, metavar="N", help="clips on the contact sheet (default: %(default)s)"
+    )
+    _training_clips(inspect)
+    inspect.add_argument("--seed", type=int, default=0, metavar="N", help="(default: %(default)s)")
 
     export = _command(commands, "export", _export, "writes a SavedModel: uint8 clips in, scores out, no Keras needed")
     export.add_argument("model", metavar="MODEL", help="a .keras file")
@@ -605,6 +637,19 @@ def _sizes(parser, num_frames=None, frame_stride=None, image_size=None):
     parser.add_argument(
         "--image-size", type=_positive, default=image_size, metavar="N", help=f"side of the square crops {size_default}"
     )
+
+
+def _training_clips(parser):
+    _sizes(parser, num_frames=8, frame_stride=8, image_size=224)
+    parser.add_argument(
+        "--shorter-side",
+        type=_positive,
+        nargs=2,
+        metavar=("LOW", "HIGH"),
+        default=[256, 320],
+        help="frames are resized to a random shorter side in this range before the crop (default: 256 320)",
+    )
+    parser.add_argument("--no-flip", action="store_true", help="never mirror a clip")
 
 
 def _views(parser, clips, crops):

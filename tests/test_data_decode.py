@@ -1,14 +1,16 @@
 """Random access to frames, proved by the number that each frame carries."""
 
 import os
-import struct
+import re
 import warnings
+from fractions import Fraction
 
 import av
 import numpy as np
 import pytest
 
 from keras_nonlocal.data import VideoError, VideoReader, write_video
+from keras_nonlocal.data.decode import _AVDecoder
 from tests.video_files import (
     BREAKERS,
     camera_clip,
@@ -16,6 +18,8 @@ from tests.video_files import (
     encode,
     numbered_frames,
     read_numbers,
+    write_display_matrix,
+    write_images,
 )
 
 NUM_FRAMES = 60
@@ -150,14 +154,14 @@ def test_decodes_no_more_than_the_groups_needed(tmp_path, monkeypatch):
     options = {"g": "10", "bf": "0", "sc_threshold": "0"}
     path = encode(tmp_path / "a.mp4", numbered_frames(200), options=options)
     decoded = []
-    frames_of = VideoReader._frames
+    frames_of = _AVDecoder._frames
 
     def counted(self, packets):
         for frame in frames_of(self, packets):
             decoded.append(frame.pts)
             yield frame
 
-    monkeypatch.setattr(VideoReader, "_frames", counted)
+    monkeypatch.setattr(_AVDecoder, "_frames", counted)
     with VideoReader(path) as video:
         assert decoded == []  # the index decodes nothing
         assert read_numbers(video.read([*range(190, 200), 0, 1])) == [*range(190, 200), 0, 1]
@@ -198,19 +202,242 @@ def test_rotation_metadata(tmp_path, rotation, shape, corner):
         assert video.read([1], shorter_side=16).shape[1:3] == (shape[0] // 2, shape[1] // 2)
 
 
-def test_rotation_of_a_telephone(tmp_path):
-    """The matrix that a telephone held upright writes: x' = -y, y' = x, that is clockwise."""
+# The display matrix (a, b, c, d): (x, y) is shown at (a x + c y, b x + d y) → what NumPy makes of the frame.
+ORIENTATIONS = {
+    (1, 0, 0, 1): lambda frame: frame,
+    (-1, 0, 0, 1): lambda frame: frame[:, ::-1],
+    (1, 0, 0, -1): lambda frame: frame[::-1],
+    (-1, 0, 0, -1): lambda frame: frame[::-1, ::-1],
+    (0, 1, -1, 0): lambda frame: np.rot90(frame, -1),  # what a telephone held upright writes: clockwise
+    (0, -1, 1, 0): np.rot90,
+    (0, 1, 1, 0): lambda frame: frame.transpose(1, 0, 2),
+    (0, -1, -1, 0): lambda frame: np.rot90(frame, 2).transpose(1, 0, 2),
+}
+
+
+@pytest.mark.parametrize("matrix", ORIENTATIONS)
+def test_display_matrices(tmp_path, matrix):
     path = tmp_path / "a.mp4"
     encode(path, marked_frames())
-    content = path.read_bytes()
-    identity = struct.pack(">9i", 1 << 16, 0, 0, 0, 1 << 16, 0, 0, 0, 1 << 30)
-    clockwise = struct.pack(">9i", 0, 1 << 16, 0, -1 << 16, 0, 0, 32 << 16, 0, 1 << 30)
-    in_track = content.index(identity, content.index(b"tkhd"))
-    path.write_bytes(content[:in_track] + clockwise + content[in_track + 36 :])
+    upright = [ORIENTATIONS[matrix](frame) for frame in decode_all(path)]
+    write_display_matrix(path, *matrix)
     with VideoReader(path) as video:
-        frame = video.read([0])[0]
-    assert frame.shape == (64, 32, 3)
-    assert corners(frame) == (0, 1)
+        np.testing.assert_array_equal(video.read([3, 0]), [upright[3], upright[0]])
+        assert video.read([1], shorter_side=16).shape[1:3] == tuple(size // 2 for size in upright[0].shape[:2])
+
+
+# Names of files → arguments of `encode` that lose nothing.
+LOSSLESS = {
+    "ffv1.mkv": {"codec": "ffv1", "pix_fmt": "bgr0"},
+    "ffv1.avi": {"codec": "ffv1", "pix_fmt": "bgr0"},
+    "h264.mp4": {"codec": "libx264rgb", "pix_fmt": "rgb24", "options": {"qp": "0", "g": "9"}},
+    "h264.mkv": {"codec": "libx264rgb", "pix_fmt": "rgb24", "options": {"qp": "0", "g": "9", "bf": "3"}},
+    "hevc.mp4": {
+        "codec": "libx265",
+        "pix_fmt": "gbrp",
+        "options": {"x265-params": "log-level=none:lossless=1:keyint=9"},
+    },
+    "vp9.webm": {"codec": "libvpx-vp9", "pix_fmt": "gbrp", "options": {"lossless": "1", "g": "9"}},
+    "png.mov": {"codec": "png", "pix_fmt": "rgb24"},
+    "png.avi": {"codec": "png", "pix_fmt": "rgb24"},
+    "animation.mov": {"codec": "qtrle", "pix_fmt": "rgb24"},
+    "huffyuv.avi": {"codec": "huffyuv", "pix_fmt": "rgb24"},
+    "raw.avi": {"codec": "rawvideo", "pix_fmt": "bgr24"},
+    "image.webp": None,
+}
+
+
+@pytest.mark.parametrize("name", LOSSLESS)
+def test_lossless_files_bit_for_bit(tmp_path, rng, name):
+    frames = rng.integers(256, size=(23, 18, 34, 3), dtype="uint8")
+    if LOSSLESS[name] is None:
+        path = write_images(tmp_path / name, frames, lossless=True, duration=40)
+    else:
+        path = encode(tmp_path / name, frames, **LOSSLESS[name])
+    with VideoReader(path) as video:
+        for indices in (np.arange(23), [22, 3, 3, 10], *rng.integers(23, size=(6, 1))):
+            np.testing.assert_array_equal(video.read(indices), frames[np.asarray(indices)])
+
+
+# Files with an alpha channel: name → arguments of `encode`, and by how much a frame of theirs may be off.
+WITH_ALPHA = {
+    "png.mov": ({"codec": "png", "pix_fmt": "rgba"}, 0),
+    "animation.mov": ({"codec": "qtrle", "pix_fmt": "argb"}, 0),
+    "ffv1.mkv": ({"codec": "ffv1", "pix_fmt": "bgra"}, 0),
+    "prores.mov": ({"codec": "prores_ks", "pix_fmt": "yuva444p10le"}, 3),
+    "vp8.webm": ({"codec": "libvpx", "pix_fmt": "yuva420p", "options": {"auto-alt-ref": "0", "g": "7", "crf": "4"}}, 6),
+    "vp9.webm": ({"codec": "libvpx-vp9", "pix_fmt": "yuva420p", "options": {"lossless": "1", "g": "7"}}, 3),
+    "image.webp": (None, 0),
+}
+
+
+@pytest.mark.parametrize("name", WITH_ALPHA)
+def test_transparent_pixels_are_black(tmp_path, name):
+    options, tolerance = WITH_ALPHA[name]
+    frames = np.zeros((20, 32, 48, 4), "uint8")
+    frames[..., :3] = np.array([200, 120, 40]) + np.arange(20)[:, None, None, None]
+    frames[:, :, 16:32, 3], frames[:, :, 32:, 3] = 128, 255
+    if options is None:
+        path = write_images(tmp_path / name, frames, lossless=True, exact=True)
+    else:
+        path = encode(tmp_path / name, frames, pixels="rgba", **options)
+    expected = np.rint(frames[..., :3] * (frames[..., 3:] / 255))
+    # Colours and alpha are stored at half the resolution in 4:2:0: not at the seams.
+    inside = np.r_[2:14, 18:30, 34:46]
+    with VideoReader(path) as video:
+        assert video.num_frames == 20
+        for indices in (np.arange(20), [19, 0], [8], [13], [2]):
+            got = video.read(indices)
+            np.testing.assert_allclose(got[:, :, inside], expected[indices][:, :, inside], atol=tolerance)
+
+
+def test_what_is_transparent_does_not_bleed_when_resized(tmp_path):
+    frames = np.zeros((2, 32, 48, 4), "uint8")
+    frames[:, :, :23], frames[:, :, 23:] = [0, 200, 0, 255], [255, 0, 255, 0]
+    path = encode(tmp_path / "a.mkv", frames, pixels="rgba", codec="ffv1", pix_fmt="bgra")
+    with VideoReader(path) as video:
+        got = video.read([0, 1], shorter_side=20)
+    assert got[..., 0].max() == 0 and got[..., 2].max() == 0
+    assert got[..., 1].max() == 200
+
+
+def test_alpha_with_a_display_matrix(tmp_path):
+    frames = np.zeros((2, 32, 48, 4), "uint8")
+    frames[:, :8, :8] = 255
+    path = tmp_path / "a.mov"
+    encode(path, frames, pixels="rgba", codec="png", pix_fmt="rgba")
+    write_display_matrix(path, 0, 1, -1, 0)
+    with VideoReader(path) as video:
+        np.testing.assert_array_equal(video.read([1])[0], np.rot90(frames[1, ..., :3], -1))
+
+
+# How a GIF treats a frame before the next one is drawn → which of the squares drawn so far are then seen.
+DISPOSALS = {0: range, 1: range, 2: lambda _: (), 3: lambda _: ()}
+
+
+@pytest.mark.parametrize("disposal", DISPOSALS)
+def test_gif_composes_its_frames(tmp_path, disposal):
+    def draw(*numbers):
+        image = np.zeros((24, 40, 4), "uint8")
+        for number in numbers:
+            image[4:12, 10 * number : 10 * number + 8] = [250, 60 * number, 5, 255]
+        return image
+
+    path = write_images(
+        tmp_path / "a.gif", [draw(n) for n in range(4)], disposal=disposal, duration=[100, 50, 200, 30], loop=0
+    )
+    expected = np.stack([draw(*DISPOSALS[disposal](number), number) for number in range(4)])[..., :3]
+    with VideoReader(path) as video:
+        np.testing.assert_allclose(video.timestamps, [0, 0.1, 0.15, 0.35])
+        np.testing.assert_array_equal(video.read([0, 1, 2, 3]), expected)
+        for index in (3, 1, 2):
+            np.testing.assert_array_equal(video.read([index])[0], expected[index])
+
+
+def test_webp_with_durations_of_their_own(tmp_path):
+    frames = numbered_frames(30)
+    durations = np.arange(30) % 7 * 10 + 10
+    path = write_images(tmp_path / "a.webp", frames, duration=durations.tolist(), quality=90)
+    with VideoReader(path) as video:
+        np.testing.assert_allclose(video.timestamps, (np.cumsum(durations) - durations) / 1000)
+        for indices in (np.arange(30), np.arange(30)[::-1], [29, 0, 1, 0], [7], [6]):
+            assert read_numbers(video.read(indices)) == list(indices)
+        assert video.read([3], shorter_side=24).shape == (1, 24, 40, 3)
+
+
+def test_webp_composes_its_frames(tmp_path, rng):
+    """Frames that store only what changes, on a transparent ground."""
+    frames = np.zeros((12, 40, 40, 4), "uint8")
+    for number, image in enumerate(frames):
+        image[:20, :20] = [10, 200, 30, 255]
+        image[20 + number : 25 + number, 8:16] = [*rng.integers(256, size=3), 255]
+    path = write_images(tmp_path / "a.webp", frames, lossless=True, minimize_size=True)
+    with VideoReader(path) as video:
+        np.testing.assert_array_equal(video.read(np.arange(12)), frames[..., :3])
+        np.testing.assert_array_equal(video.read([5])[0], frames[5, ..., :3])
+
+
+def test_a_webp_picture_is_a_video_of_one_frame(tmp_path):
+    picture = numbered_frames(6)[5]
+    write_images(tmp_path / "a.webp", [picture], lossless=True)
+    with VideoReader(tmp_path / "a.webp") as video:
+        assert video.timestamps.tolist() == [0]
+        np.testing.assert_array_equal(video.read([0, 0]), [picture, picture])
+
+
+def test_broken_webp(tmp_path):
+    path = tmp_path / "a.webp"
+    write_images(path, numbered_frames(20), lossless=True)
+    content = path.read_bytes()
+    for stop in (14, 60, len(content) // 2):
+        path.write_bytes(content[:stop])
+        with pytest.raises(VideoError, match="Cannot decode .*a.webp: "):
+            VideoReader(path)
+    # The tenth frame's picture is no picture.
+    places = [match.start() for match in re.finditer(b"ANMF", content)]
+    place = places[10] + 37  # behind its size
+    path.write_bytes(content[:place] + b"\xff" * 20 + content[place + 20 :])
+    with VideoReader(path) as video:
+        assert read_numbers(video.read([9, 2])) == [9, 2]
+        with pytest.raises(VideoError, match="2 of the 3 frames needed do not decode"):
+            video.read([9, 10, 15])
+
+
+def test_the_name_of_a_file_does_not_matter(tmp_path):
+    write_images(tmp_path / "a.mp4", numbered_frames(5), lossless=True, format="WEBP")
+    encode(tmp_path / "a.mkv", numbered_frames(5))
+    (tmp_path / "a.mkv").rename(tmp_path / "a.webp")
+    for name in ("a.mp4", "a.webp"):
+        with VideoReader(tmp_path / name) as video:
+            assert read_numbers(video.read([4, 1])) == [4, 1]
+
+
+@pytest.mark.parametrize("color_range", [1, 2], ids=["limited", "full"])
+@pytest.mark.parametrize("colorspace", [1, 5, 9], ids=["bt709", "bt601", "bt2020"])
+def test_colours_are_those_that_the_file_states(tmp_path, colorspace, color_range):
+    frames = np.full((3, 32, 32, 3), [200, 60, 30], "uint8")
+    path = encode(
+        tmp_path / "a.mkv", frames, codec="ffv1", pix_fmt="yuv444p", colorspace=colorspace, color_range=color_range
+    )
+    with av.open(path) as container:
+        luma = next(container.decode(video=0)).to_ndarray()[0, 0, 0]
+    red, green, blue = {1: (0.2126, 0.7152, 0.0722), 5: (0.299, 0.587, 0.114), 9: (0.2627, 0.678, 0.0593)}[colorspace]
+    full = 200 * red + 60 * green + 30 * blue
+    assert abs(luma - (full if color_range == 2 else 16 + full * 219 / 255)) <= 1  # the file is what it says
+    with VideoReader(path) as video:
+        np.testing.assert_allclose(video.read([1]), frames[:1], atol=1)
+
+
+def test_silent_colours_are_bt601_limited(tmp_path):
+    path = encode(tmp_path / "a.mkv", np.full((2, 32, 32, 3), [200, 60, 30], "uint8"), "ffv1", pix_fmt="yuv444p")
+    with av.open(path) as container:
+        frame = next(container.decode(video=0))
+        assert (frame.colorspace, frame.color_range) == (2, 0)  # unspecified
+        luma = frame.to_ndarray()[0, 0, 0]
+    assert abs(luma - (16 + (200 * 0.299 + 60 * 0.587 + 30 * 0.114) * 219 / 255)) <= 1
+    with VideoReader(path) as video:
+        np.testing.assert_allclose(video.read([0]), np.full((1, 32, 32, 3), [200, 60, 30]), atol=1)
+
+
+@pytest.mark.parametrize(
+    "pix_fmt", ["gray", "gray16le", "yuv420p10le", "yuv444p10le", "yuv422p", "yuv410p", "gbrp10le", "gbrp12le"]
+)
+def test_pixel_formats(tmp_path, pix_fmt):
+    level = np.arange(9, dtype="uint8") * 25 + 10
+    frames = np.broadcast_to(level[:, None, None, None], (9, 32, 48, 3))
+    path = encode(tmp_path / "a.mkv", frames, codec="ffv1", pix_fmt=pix_fmt)
+    with VideoReader(path) as video:
+        got = video.read([8, 0, 5])
+        assert got.dtype == np.uint8
+        np.testing.assert_allclose(got, frames[[8, 0, 5]], atol=2)
+
+
+def test_pixels_are_taken_as_square(tmp_path):
+    path = encode(tmp_path / "a.mp4", numbered_frames(4), aspect_ratio=Fraction(2, 1))
+    with av.open(path) as container:
+        assert container.streams.video[0].sample_aspect_ratio == 2
+    with VideoReader(path) as video:
+        assert video.read([3]).shape == (1, 48, 80, 3)
 
 
 @pytest.mark.parametrize(

@@ -1,10 +1,12 @@
 """Tiny videos whose frames say their number, and files broken in every known way."""
 
 import importlib.metadata
+import struct
 from fractions import Fraction
 
 import av
 import numpy as np
+from PIL import Image
 
 CODE_ROWS, CODE_COLUMNS = 2, 5
 
@@ -47,21 +49,48 @@ def encode(
     frame_numbers=None,
     rotation=None,
     container_options=None,
+    pixels="rgb24",
+    colorspace=None,
+    color_range=None,
+    aspect_ratio=None,
 ):
-    """Writes a file with full say over timestamps (in 1/30 s), rotation and containers."""
+    """Writes a file with full say over timestamps (in 1/30 s), rotation, colours and containers."""
     with av.open(str(path), "w", options=container_options or {}) as container:
         stream = container.add_stream(codec, rate=30, options=options or {})
         stream.height, stream.width = frames.shape[1:3]
         stream.pix_fmt = pix_fmt
         if rotation is not None:
             stream.set_display_rotation(rotation)
+        if aspect_ratio is not None:
+            stream.codec_context.sample_aspect_ratio = aspect_ratio
         for position, image in enumerate(frames):
-            frame = av.VideoFrame.from_ndarray(image, format="rgb24")
+            frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(image), format=pixels)
+            if colorspace is not None:
+                frame = frame.reformat(format=pix_fmt, dst_colorspace=colorspace, dst_color_range=color_range)
+                # The encoder tells the file what it is told.
+                frame.colorspace = stream.codec_context.colorspace = colorspace
+                frame.color_range = stream.codec_context.color_range = color_range
             frame.time_base = Fraction(1, 30)
             frame.pts = position if frame_numbers is None else frame_numbers[position]
             container.mux(stream.encode(frame))
         container.mux(stream.encode())
     return str(path)
+
+
+def write_images(path, frames, **options):
+    """Writes an animated GIF or WebP by Pillow; frames RGB or RGBA."""
+    first, *others = [Image.fromarray(frame) for frame in frames]
+    first.save(path, save_all=True, append_images=others, **options)
+    return str(path)
+
+
+def write_display_matrix(path, a, b, c, d):
+    """Puts a display matrix into an MP4 file, in place of the identity: (x, y) is shown at (a x + c y, b x + d y)."""
+    content = path.read_bytes()
+    identity = struct.pack(">9i", 1 << 16, 0, 0, 0, 1 << 16, 0, 0, 0, 1 << 30)
+    place = content.index(identity, content.index(b"tkhd"))
+    matrix = struct.pack(">9i", a << 16, b << 16, 0, c << 16, d << 16, 0, 0, 0, 1 << 30)
+    path.write_bytes(content[:place] + matrix + content[place + 36 :])
 
 
 def write_audio_only(path):

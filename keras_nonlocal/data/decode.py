@@ -1,7 +1,12 @@
-"""Exact frames of video files, by PyAV.
+"""Exact frames of video files: by PyAV, animated WebP by Pillow.
 
 Frames are numbered in the order of display and found by their timestamps, never by
 `time * rate`, which is wrong in files with a variable frame rate or an edit list.
+
+A decoder is a class with one entry in `DECODERS`: `Decoder(path)` opens a file and has
+`timestamps`, a list of seconds; `frames(indices)`, which yields pairs of an index and an
+`av.VideoFrame` for sorted indices without repetition, leaving out what does not decode; and
+`close()`. `VideoReader` is the public door to all of them.
 
 Shape letters: T frames, H and W height and width, C = 3 colours (RGB).
 """
@@ -9,16 +14,27 @@ Shape letters: T frames, H and W height and width, C = 3 colours (RGB).
 import bisect
 import contextlib
 import os
+import re
+import struct
 import uuid
 from fractions import Fraction
 
 import av
 import numpy as np
 from av.video.reformatter import Interpolation, VideoReformatter
+from PIL import Image
 
-# What a broken file can make PyAV raise, apart from its own errors: a stream list that is empty,
-# a codec it does not know, a name the file system refuses.
-_DECODE_ERRORS = (av.FFmpegError, OSError, ValueError, LookupError)
+# What a broken file can make a decoder raise, apart from PyAV's own errors: a stream list that is
+# empty, a codec it does not know, a name the file system refuses; the last three are Pillow's.
+_DECODE_ERRORS = (
+    av.FFmpegError,
+    OSError,
+    ValueError,
+    LookupError,
+    EOFError,
+    SyntaxError,
+    Image.DecompressionBombError,
+)
 
 # Decoding on through fewer frames than this costs less than a seek, which restarts the decoder.
 _SEEK_MIN_SKIP = 4
@@ -26,6 +42,10 @@ _SEEK_MIN_SKIP = 4
 # Containers whose index leads to packets with the same timestamps as reading from the start does;
 # after a seek in an MPEG program stream, for one, frames can be named after their neighbours.
 _SEEKABLE = {"mp4", "matroska", "avi"}
+
+# FFmpeg's own decoders of these codecs leave out the alpha channel, which Matroska stores beside
+# the frames; these do not.
+_ALPHA_CODECS = {"vp8": "libvpx", "vp9": "libvpx-vp9"}
 
 
 class VideoError(ValueError):
@@ -38,9 +58,16 @@ class VideoReader:
     The file is scanned once for the timestamps of its frames; `read` then seeks to the key frame
     before the first frame needed and decodes until the last. Use it in a `with` statement.
 
-    Frames are turned upright by the file's rotation metadata. Files without usable timestamps
-    (H.264 in AVI) are decoded from the start and counted, which is slower and as exact. A file
-    that was cut off is the shorter video of the frames it still holds.
+    - Files without usable timestamps (H.264 in AVI) are decoded from the start and counted, which
+      is slower and as exact; GIF and animated WebP have no key frames and are decoded from the
+      start too. A file that was cut off is the shorter video of the frames it still holds, an
+      animated WebP that was cut off is broken.
+    - Frames are turned and mirrored upright by the file's display matrix, to the nearest quarter
+      turn. Pixels are taken as square: the sample aspect ratio is ignored.
+    - What is transparent is laid on black, before frames are resized.
+    - Colours are converted by the matrix (BT.601, BT.709, BT.2020) and the range (limited or full)
+      that the file states, BT.601 and limited where it states none. Deeper pixels are rounded to
+      8 bits; transfer functions are not undone, so HDR looks flat.
 
     Args:
         path: String or path-like, the video file.
@@ -66,14 +93,10 @@ class VideoReader:
 
     def __init__(self, path):
         self.path = os.fspath(path)
-        self._container = None
-        try:
-            with self._naming_the_path():
-                self._open()
-                self._index()
-        except BaseException:
-            self.close()
-            raise
+        with self._naming_the_path():
+            self._decoder = _choose_decoder(self.path)(self.path)
+        self.timestamps = np.array(self._decoder.timestamps, "float64")
+        self.num_frames = len(self.timestamps)
 
     def __enter__(self):
         return self
@@ -83,9 +106,7 @@ class VideoReader:
 
     def close(self):
         """Closes the file. Closing twice is fine."""
-        if self._container is not None:
-            self._container.close()
-            self._container = None
+        self._decoder.close()
 
     def _error(self, reason):
         return VideoError(f"Cannot decode {self.path}: {' '.join(reason.split())}")
@@ -94,65 +115,10 @@ class VideoReader:
     def _naming_the_path(self):
         try:
             yield
-        except VideoError:
-            raise
         except _DECODE_ERRORS as error:
             # The rest of FFmpeg's messages is an error number and the path again.
             reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
             raise self._error(reason) from error
-
-    def _open(self):
-        self.close()
-        self._container = av.open(self.path, metadata_errors="replace")
-        if not self._container.streams.video:
-            raise self._error("the file has no video stream")
-        self._stream = self._container.streams.video[0]
-        if self._stream.codec_context is None:
-            raise self._error("no decoder for its video stream")
-        # One thread, set before the first decode: parallelism is across files, and PyAV's frame
-        # threads would change neither the frames nor, with several readers, the time.
-        self._stream.thread_type = "NONE"
-        self._stream.codec_context.thread_count = 1
-
-    def _packets(self):
-        """Packets to the end of the file or to its cut, then None, which drains the decoder."""
-        with contextlib.suppress(av.FFmpegError):
-            for packet in self._container.demux(self._stream):
-                # A packet that the cut went through would decode to a made-up frame.
-                if packet.size and not packet.is_corrupt:
-                    yield packet
-        yield None
-
-    def _frames(self, packets):
-        for packet in packets:
-            # A packet that does not decode is a frame less; whoever needs it will miss it.
-            with contextlib.suppress(av.FFmpegError):
-                yield from self._stream.codec_context.decode(packet)
-
-    def _index(self):
-        packets = [
-            (packet.pts, packet.is_keyframe) for packet in self._packets() if packet and _is_shown(packet, self._stream)
-        ]
-        pts = [time for time, _ in packets]
-        time_base = self._stream.time_base
-        formats = set(self._container.format.name.split(","))
-        self._by_time = None not in pts and len(set(pts)) == len(pts)
-        # AVI has no display times. Times that go up from packet to packet although the codec
-        # reorders its frames only number the packets.
-        if "avi" in formats and self._stream.codec_context.has_b_frames:
-            self._by_time = self._by_time and pts != sorted(pts)
-        if self._by_time:
-            self._pts = sorted(pts)
-            self._keys = sorted(time for time, is_key in packets if is_key and formats & _SEEKABLE)
-        else:
-            self._open()
-            time_base = 1 / (self._stream.average_rate or self._stream.guessed_rate or 1)
-            self._pts = list(range(sum(1 for _ in self._frames(self._packets()))))
-            self._keys = []
-        if not self._pts:
-            raise self._error("the file has no video frames")
-        self.num_frames = len(self._pts)
-        self.timestamps = np.array(self._pts, "float64") * float(time_base)
 
     def read(self, indices, shorter_side=None):
         """Decodes frames.
@@ -185,7 +151,7 @@ class VideoReader:
         if shorter_side is not None and shorter_side < 1:
             raise ValueError(f"`shorter_side` must be at least 1 or None. Received: shorter_side={shorter_side}")
         unique, inverse = np.unique(indices, return_inverse=True)
-        images = self._decode(unique, _FrameConverter(shorter_side))
+        images = self._decode(unique.tolist(), _FrameConverter(shorter_side))
         return np.stack([images[position] for position in inverse])
 
     def map_frames(self, function, shorter_side=None):
@@ -206,14 +172,98 @@ class VideoReader:
 
     def _decode(self, indices, convert):
         """What `convert` makes of the frames with these sorted numbers."""
-        converted = {}
         with self._naming_the_path():
-            for run in self._runs(indices):
-                self._decode_run(run, converted, convert)
+            converted = {index: convert(frame) for index, frame in self._decoder.frames(indices)}
         missing = len(indices) - len(converted)
         if missing:
             raise self._error(f"{missing} of the {len(indices)} frames needed do not decode")
-        return [converted[self._pts[index]] for index in indices]
+        return [converted[index] for index in indices]
+
+
+def _choose_decoder(path):
+    with open(path, "rb") as file:
+        start = file.read(16)
+    return next(decoder for pattern, decoder in DECODERS.items() if re.match(pattern, start, re.DOTALL))
+
+
+class _AVDecoder:
+    """Whatever FFmpeg knows."""
+
+    def __init__(self, path):
+        self._path = path
+        self._container = None
+        try:
+            self._open()
+            self._index()
+        except BaseException:
+            self.close()
+            raise
+
+    def close(self):
+        if self._container is not None:
+            self._container.close()
+            self._container = None
+
+    def _open(self):
+        self.close()
+        self._container = av.open(self._path, metadata_errors="replace")
+        if not self._container.streams.video:
+            raise ValueError("the file has no video stream")
+        self._stream = self._container.streams.video[0]
+        self._codec = self._stream.codec_context
+        if self._codec is None:
+            raise ValueError("no decoder for its video stream")
+        if self._stream.metadata.get("alpha_mode") == "1" and self._codec.name in _ALPHA_CODECS:
+            extradata = self._codec.extradata
+            self._codec = av.CodecContext.create(_ALPHA_CODECS[self._codec.name], "r")
+            self._codec.extradata = extradata
+        # One thread, set before the first decode: parallelism is across files, and PyAV's frame
+        # threads would change neither the frames nor, with several readers, the time.
+        self._codec.thread_type = "NONE"
+        self._codec.thread_count = 1
+
+    def _packets(self):
+        """Packets to the end of the file or to its cut, then None, which drains the decoder."""
+        with contextlib.suppress(av.FFmpegError):
+            for packet in self._container.demux(self._stream):
+                # A packet that the cut went through would decode to a made-up frame.
+                if packet.size and not packet.is_corrupt:
+                    yield packet
+        yield None
+
+    def _frames(self, packets):
+        for packet in packets:
+            # A packet that does not decode is a frame less; whoever needs it will miss it.
+            with contextlib.suppress(av.FFmpegError):
+                yield from self._codec.decode(packet)
+
+    def _index(self):
+        packets = [
+            (packet.pts, packet.is_keyframe) for packet in self._packets() if packet and _is_shown(packet, self._stream)
+        ]
+        pts = [time for time, _ in packets]
+        time_base = self._stream.time_base
+        formats = set(self._container.format.name.split(","))
+        self._by_time = None not in pts and len(set(pts)) == len(pts)
+        # AVI has no display times. Times that go up from packet to packet although the codec
+        # reorders its frames only number the packets.
+        if "avi" in formats and self._stream.codec_context.has_b_frames:
+            self._by_time = self._by_time and pts != sorted(pts)
+        if self._by_time:
+            self._pts = sorted(pts)
+            self._keys = sorted(time for time, is_key in packets if is_key and formats & _SEEKABLE)
+        else:
+            self._open()
+            time_base = 1 / (self._stream.average_rate or self._stream.guessed_rate or 1)
+            self._pts = list(range(sum(1 for _ in self._frames(self._packets()))))
+            self._keys = []
+        if not self._pts:
+            raise ValueError("the file has no video frames")
+        self.timestamps = [time * float(time_base) for time in self._pts]
+
+    def frames(self, indices):
+        for run in self._runs(indices):
+            yield from self._decode_run(run)
 
     def _key_position(self, pts):
         """Where in the list of key frames the last one at or before `pts` stands, or -1."""
@@ -231,9 +281,9 @@ class VideoReader:
             runs[-1].append(index)
         return runs
 
-    def _decode_run(self, run, converted, convert):
-        """Adds the run's frames to `converted`, starting at ever earlier key frames as needed."""
-        wanted = {self._pts[index] for index in run}
+    def _decode_run(self, run):
+        """Yields the run's frames, starting at ever earlier key frames as needed."""
+        wanted = {self._pts[index]: index for index in run}
         position = self._key_position(min(wanted))
         # A seek can fail or land late, and a key frame of an "intra refresh" stream is not enough
         # to start on. Decoders give no frame that lacks what it refers to: start earlier for it,
@@ -246,8 +296,7 @@ class VideoReader:
             for number, frame in enumerate(self._frames(self._packets())):
                 pts = frame.pts if self._by_time else number
                 if pts in wanted:
-                    converted[pts] = convert(frame)
-                    wanted.discard(pts)
+                    yield wanted.pop(pts), frame
                 if not wanted:
                     return
 
@@ -256,6 +305,7 @@ class VideoReader:
             self._container.seek(pts, stream=self._stream)
         except av.FFmpegError:
             return False
+        self._codec.flush_buffers()
         return True
 
 
@@ -268,13 +318,56 @@ def _is_shown(packet, stream):
     return stream.codec_context.name != "vp8" or bool(bytes(packet)[0] & 0x10)
 
 
+class _WebPDecoder:
+    """Animated WebP, which FFmpeg does not compose; one picture is a video of one frame."""
+
+    def __init__(self, path):
+        with open(path, "rb") as file:
+            durations = list(_webp_durations(file)) or [0]
+        self._image = Image.open(path, formats=("WEBP",))
+        if self._image.n_frames != len(durations):
+            self.close()
+            raise ValueError(f"{len(durations)} frames in the file, of which {self._image.n_frames} are whole")
+        self.timestamps = (np.cumsum([0, *durations[:-1]]) / 1000).tolist()
+
+    def close(self):
+        self._image.close()
+
+    def frames(self, indices):
+        for index in indices:
+            try:
+                self._image.seek(index)
+                pixels = np.asarray(self._image.convert("RGBA"))
+            except _DECODE_ERRORS:
+                return  # the frames behind it build on it
+            yield index, av.VideoFrame.from_ndarray(pixels, format="rgba")
+
+
+def _webp_durations(file):
+    """Yields the milliseconds of each frame of an animation; Pillow would decode all of it for them."""
+    file.seek(12)
+    while len(header := file.read(8)) == 8:
+        kind, size = struct.unpack("<4sI", header)
+        body = file.tell()
+        if kind == b"ANMF":  # 12 bytes of place and size, 3 of duration
+            yield int.from_bytes(file.read(15)[12:], "little")
+        file.seek(body + size + size % 2)
+
+
+# How a file begins → what decodes it; the first row that matches. The extension is not looked at.
+DECODERS = {
+    rb"RIFF....WEBP": _WebPDecoder,
+    rb"": _AVDecoder,
+}
+
+
 class _FrameConverter:
-    """Frame → upright RGB array, all frames at the size of the first."""
+    """Frame → upright RGB array without alpha, all frames at the size of the first."""
 
     def __init__(self, shorter_side, enlarge=True):
         self._shorter_side = shorter_side
         self._enlarge = enlarge
-        self._reformatter = VideoReformatter()
+        self._to_rgb, self._to_rgba = VideoReformatter(), VideoReformatter()
         self._size = None
 
     def __call__(self, frame):
@@ -283,12 +376,31 @@ class _FrameConverter:
             if shorter_side is not None and not self._enlarge:
                 shorter_side = min(shorter_side, frame.height, frame.width)
             self._size = _resized(frame.height, frame.width, shorter_side)
+        matrix = frame.side_data.get("DISPLAYMATRIX")
+        if _has_alpha(frame.format):
+            frame = self._on_black(frame)
         height, width = self._size
-        image = self._reformatter.reformat(
+        image = self._to_rgb.reformat(
             frame, width, height, "rgb24", interpolation=Interpolation.BILINEAR, threads=1
         ).to_ndarray()
-        # FFmpeg's angle is counterclockwise, as NumPy's.
-        return np.rot90(image, round(frame.rotation / 90) % 4)
+        return image if matrix is None else _upright(image, matrix)
+
+    def _on_black(self, frame):
+        pixels = self._to_rgba.reformat(frame, format="rgba", threads=1).to_ndarray()
+        colours = (pixels[..., :3].astype("uint16") * pixels[..., 3:] + 127) // 255
+        return av.VideoFrame.from_ndarray(colours.astype("uint8"), format="rgb24")
+
+
+def _has_alpha(pixel_format):
+    return pixel_format.has_palette or any(component.is_alpha for component in pixel_format.components)
+
+
+def _upright(image, matrix):
+    """Turns and mirrors by the display matrix: the pixel (x, y) is shown at (a x + c y, b x + d y)."""
+    a, b, _, c, d = np.frombuffer(matrix, "int32")[:5].tolist()
+    if abs(b) + abs(c) > abs(a) + abs(d):
+        image, a, d = image.swapaxes(0, 1), c, b
+    return image[:: -1 if d < 0 else 1, :: -1 if a < 0 else 1]
 
 
 def _resized(height, width, shorter_side):
