@@ -376,6 +376,8 @@ class _Classifier:
 
 
 def _load_keras(path):
+    if not os.path.exists(path):
+        raise _BadInput(f"MODEL does not exist. Received: MODEL={path!r}")
     if not os.path.isfile(path) or not path.endswith(".keras"):
         raise _BadInput(f"MODEL must be a .keras file or an exported SavedModel. Received: MODEL={path!r}")
 
@@ -506,7 +508,7 @@ def _parser():
     train.add_argument("--out", required=True, metavar="MODEL.keras", help="file to write")
     train.add_argument("--overwrite", action="store_true", help="replace --out if it exists")
     train.add_argument("--model", choices=NETWORKS, default="i3d_resnet50", help="network (default: %(default)s)")
-    train.add_argument("--non-local", type=int, metavar="N", help="non-local blocks (default: the network's)")
+    train.add_argument("--non-local", type=int, metavar="N", help="non-local blocks: 0, 1, 5 (default) or 10")
     train.add_argument("--pairwise", choices=PAIRWISE, help="pairwise function (default: embedded_gaussian)")
     train.add_argument("--weights", metavar="PATH", help="weights to start from: a file of Keras or of another project")
     train.add_argument("--new-head", action="store_true", help="new head, as the weights are of other classes")
@@ -517,7 +519,7 @@ def _parser():
     train.add_argument(
         "--epochs", type=_positive, default=10, metavar="N", help="passes over the videos (default: %(default)s)"
     )
-    train.add_argument("--learning-rate", type=_rate, default=0.01, metavar="R", help="(default: %(default)s)")
+    train.add_argument("--learning-rate", type=_rate, default=0.01, metavar="R", help="of SGD (default: %(default)s)")
     train.add_argument(
         "--validation-split", type=float, default=0.0, metavar="F", help="fraction kept for validation (default: none)"
     )

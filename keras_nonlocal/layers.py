@@ -474,8 +474,8 @@ _ARGUMENTS = """
             `"dot_product"` or `"concatenation"`. See `keras_nonlocal.ops.non_local`.
         inner_channels: Channels of θ, φ and g. `None`: half of the input's channels, at least 1.
         pool_size: Sub-sampling of the keys: x is max-pooled by this size, with the same stride and without padding,
-            before φ and g; θ is never pooled and the output keeps its size. An integer, {rank} integer(s), or `None`
-            for no sub-sampling.
+            before φ and g; θ is never pooled and the output keeps its size. An integer, one for each dimension, or
+            `None` for no sub-sampling.
         window: Per dimension the size of the window inside which positions attend to each other, or `None` for all
             of that dimension. An integer: that size in every dimension. `None`: one window, the whole map.{windows}
         scale: Factor on the scores before the softmax: `None` for 1 (the paper), `"sqrt"` for

@@ -149,6 +149,39 @@ def get_scale(scale, channels):
     raise ValueError(f'`scale` must be `None`, "sqrt" or a number. Received: scale={scale!r}')
 
 
+_DIMENSIONS = {
+    "theta": ("batch", "queries", "channels"),
+    "phi": ("batch", "keys", "channels"),
+    "g": ("batch", "keys", "value_channels"),
+    "mask": ("batch", "keys"),
+}
+
+
+def _check_symbolic(**tensors):
+    for name, tensor in tensors.items():
+        if isinstance(tensor, keras.KerasTensor):
+            raise ValueError(
+                f"`{name}` must be an array or tensor; in a functional model, call a non-local layer or one of your "
+                f"own. Received: {name}={tensor}"
+            )
+
+
+def _check_shapes(**tensors):
+    """Raises a `ValueError` unless the sizes of one name, as far as they are known, are one; `None` is no tensor."""
+    sizes = {}
+    for name, tensor in tensors.items():
+        if tensor is None:
+            continue
+        shape, dimensions = tuple(tensor.shape), _DIMENSIONS[name]
+        fits = len(shape) == len(dimensions)
+        for dimension, size in zip(dimensions, shape, strict=False):
+            fits = fits and (size is None or sizes.setdefault(dimension, size) == size)
+        if not fits:
+            known = ", ".join(str(sizes.get(dimension, dimension)) for dimension in dimensions)
+            wanted = f"({', '.join(dimensions)}), here ({known})"
+            raise ValueError(f"`{name}` must have the shape {wanted}. Received: {name}.shape={shape}")
+
+
 def attention_weights(theta, phi, pairwise="embedded_gaussian", *, score_kernel=None, scale=None, mask=None):
     """Normalised weights f(x_i, x_j) / C(x) of every query over every key, in float32.
 
@@ -164,8 +197,8 @@ def attention_weights(theta, phi, pairwise="embedded_gaussian", *, score_kernel=
         Float32 tensor of shape `(batch, queries, keys)`. A query without any valid key has only zeros.
 
     Raises:
-        ValueError: if `pairwise` or `scale` is unknown, or `score_kernel` has another shape or does not belong to the
-            pairwise function.
+        ValueError: if `pairwise` or `scale` is unknown, `score_kernel` does not belong to the pairwise function, or a
+            tensor has another shape.
 
     Example:
 
@@ -173,7 +206,9 @@ def attention_weights(theta, phi, pairwise="embedded_gaussian", *, score_kernel=
     >>> np.asarray(weights)[0, 0].tolist()
     [0.25, 0.25, 0.25, 0.25]
     """
+    _check_symbolic(theta=theta, phi=phi)
     theta, phi = ops.convert_to_tensor(theta), ops.convert_to_tensor(phi)
+    _check_shapes(theta=theta, phi=phi, mask=mask)
     function = get_pairwise(pairwise)
     _check_score_kernel(function, score_kernel, theta.shape[-1])
     factor = get_scale(scale, theta.shape[-1])
@@ -236,8 +271,8 @@ def non_local(
         Tensor of shape `(batch, queries, value_channels)`, in the dtype of `g`.
 
     Raises:
-        ValueError: if `pairwise`, `scale` or `query_chunk_size` is not one of the above, or `score_kernel` has another
-            shape or does not belong to the pairwise function.
+        ValueError: if `pairwise`, `scale` or `query_chunk_size` is not one of the above, `score_kernel` does not belong
+            to the pairwise function, or a tensor has another shape or is symbolic (`keras.Input`).
 
     Reference:
         [Non-local Neural Networks, section 3](https://arxiv.org/abs/1711.07971)
@@ -249,7 +284,9 @@ def non_local(
     >>> tuple(y.shape)
     (2, 6, 4)
     """
+    _check_symbolic(theta=theta, phi=phi, g=g)
     theta, phi, g = (ops.convert_to_tensor(tensor) for tensor in (theta, phi, g))  # PyTorch: no arrays times tensors
+    _check_shapes(theta=theta, phi=phi, g=g, mask=mask)
     score_kernel = None if score_kernel is None else ops.convert_to_tensor(score_kernel)
     function = get_pairwise(pairwise)
     num_queries, num_keys, channels, value_channels = theta.shape[1], phi.shape[1], theta.shape[-1], g.shape[-1]

@@ -647,8 +647,12 @@ def test_errors_of_decode_predictions(shape, options, message):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"weights": "imagenet.ckpt"}, r"does not exist\. Received: weights='imagenet.ckpt'"),
-        ({"weights": "no.weights.h5"}, r"does not exist\. Received: weights='no.weights.h5'"),
+        (
+            {"input_tensor": keras.Input((8, 64, 64, 3)), "input_shape": (9, 64, 64, 3)},
+            r"Received: input_shape=\(9, 64,",
+        ),
+        ({"weights": "imagenet.ckpt"}, r"there is no such file\. Received: weights='imagenet.ckpt'"),
+        ({"weights": "no.weights.h5"}, r"there is no such file\. Received: weights='no.weights.h5'"),
         ({"non_local": 3}, r"`non_local` must be one of 0, 1, 2, or .*Received: non_local=3"),
         (
             {"non_local": {6: [0]}},

@@ -359,7 +359,7 @@ def test_train_starts_a_new_head(trained, videos, tmp_path, untrained):
         ),
         (
             ["train", "@OTHER", "--out", "@OUT", *TRAIN, "--weights", "@MODEL"],
-            "`new_head=True` (`--new-head`) takes a file of other classes. Received: pred/bias (3,) of the model",
+            "`classes` must be the file's, or `new_head=True` (`--new-head`) given. Received: pred/bias (3,) of",
         ),
         (["evaluate", "@MODEL", "missing"], "`directory` must be an existing directory"),
         (["evaluate", "@MODEL", "@DATA", "--num-frames", "8"], "takes clips of 4 frames. Received: --num-frames 8"),
@@ -377,7 +377,8 @@ def test_train_starts_a_new_head(trained, videos, tmp_path, untrained):
             "invalid choice: 'vote'",
         ),
         (["predict", "@TEXT", "a.mp4"], "cannot load @TEXT: File not found: filepath=@TEXT. Please ensure"),
-        (["predict", "missing.keras", "a.mp4"], "MODEL must be a .keras file or an exported SavedModel"),
+        (["predict", "missing.keras", "a.mp4"], "MODEL does not exist. Received: MODEL='missing.keras'"),
+        (["predict", __file__, "a.mp4"], "MODEL must be a .keras file or an exported SavedModel"),
         (["predict", "@DATA", "a.mp4"], "cannot load @DATA: SavedModel file does not exist"),
         (["predict", "@BARE", "a.mp4"], "model says what --frame-stride and --image-size should be. Give the option"),
         (["predict", "@MODEL", "@DATA/red/0.mp4", "--image-size", "64"], "must not be larger than `shorter_side`"),

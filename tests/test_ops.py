@@ -1,5 +1,6 @@
 """The operation against the float64 twin: values, gradients, extremes."""
 
+import keras
 import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -283,3 +284,37 @@ def test_score_kernel_is_checked():
             function(**tensors, pairwise="concatenation", score_kernel=kernel[:5])
         with pytest.raises(ValueError, match=r"Only the concatenation.*Received: score_kernel.shape=\(6, 1\)"):
             function(**tensors, pairwise="dot_product", score_kernel=kernel)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (
+            {"theta": (6, 4)},
+            r"`theta` must have .* \(batch, queries, channels\).*Received: theta.shape=\(6, 4\)",
+        ),
+        ({"phi": (2, 5, 3)}, r"here \(2, 5, 4\)\. Received: phi.shape=\(2, 5, 3\)"),
+        ({"phi": (1, 5, 4)}, r"here \(2, keys, 4\)\. Received: phi.shape=\(1, 5, 4\)"),
+        ({"g": (2, 6, 4)}, r"here \(2, 5, value_channels\)\. Received: g.shape=\(2, 6, 4\)"),
+        (
+            {"mask": (2, 6)},
+            r"`mask` must have .* \(batch, keys\), here \(2, 5\)\. Received: mask.shape=\(2, 6\)",
+        ),
+    ],
+)
+def test_shapes_are_checked(changes, message):
+    shapes = {"theta": (2, 6, 4), "phi": (2, 5, 4), "g": (2, 5, 7), "mask": (2, 5)}
+    tensors = {name: np.ones(shape, "float32") for name, shape in (shapes | changes).items()}
+    tensors["mask"] = tensors["mask"] > 0
+    with pytest.raises(ValueError, match=message):
+        knl_ops.non_local(**tensors)
+    if "g" not in changes:
+        del tensors["g"]
+        with pytest.raises(ValueError, match=r"Received: "):
+            knl_ops.attention_weights(**tensors)
+
+
+def test_symbolic_tensors_are_refused():
+    x = keras.Input((None, 4))
+    with pytest.raises(ValueError, match=r"`theta` must be an array or tensor; .* Received: theta=<KerasTensor"):
+        knl_ops.non_local(x, x, x)

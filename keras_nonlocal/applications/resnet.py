@@ -240,7 +240,12 @@ def build_resnet(
     channels_first = keras.config.image_data_format() == "channels_first"
     if input_tensor is not None:
         if not isinstance(input_tensor, keras.KerasTensor):
-            raise ValueError(f"`input_tensor` must be a Keras tensor. Received: input_tensor={input_tensor!r}")
+            raise ValueError(f"`input_tensor` must be a Keras tensor. Received: input_tensor={type(input_tensor)}")
+        if input_shape is not None and tuple(input_shape) != tuple(input_tensor.shape[1:]):
+            raise ValueError(
+                f"`input_shape` must be that of `input_tensor`, {tuple(input_tensor.shape[1:])}, or `None`. "
+                f"Received: input_shape={input_shape!r}"
+            )
         input_shape = tuple(input_tensor.shape[1:])
     if input_shape is None:
         input_shape = (3, None, None, None) if channels_first else (None, None, None, 3)

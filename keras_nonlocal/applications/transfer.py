@@ -63,8 +63,8 @@ def insert_non_local(model, after, **options):
     """
     if isinstance(after, Iterable):
         after = [after] if isinstance(after, str) else list(after)
-    if not isinstance(after, list) or not all(isinstance(path, str) for path in after):
-        raise ValueError(f"`after` must be a list of names of layers. Received: after={after!r}")
+    if not isinstance(after, list) or not after or not all(isinstance(path, str) for path in after):
+        raise ValueError(f"`after` must be a list of one or more names of layers. Received: after={after!r}")
     if not _is_functional(model):
         raise ValueError(
             f"`model` must be a functional Keras model, or a sequential one that is built. Received: model={model!r}"

@@ -73,7 +73,7 @@ def fill(model, checkpoint, new_head=False):
         planned[path] = value
     if mismatches:
         other_classes = all(map(is_of_head, mismatches))
-        hint = "`new_head=True` (`--new-head`) takes a file of other classes. " if other_classes else ""
+        hint = "`classes` must be the file's, or `new_head=True` (`--new-head`) given. " if other_classes else ""
         raise ValueError(
             f"The weights of {model.name!r} must have the shapes of those in the {checkpoint.format} file. {hint}"
             f"Received: {'; '.join(sorted(mismatches))}"
@@ -148,9 +148,9 @@ def load(model, checkpoint, new_head=False):
     not_used = [path for path in filling.not_used if not (is_of_head(path) and (new_head or not has_head))]
     if missing or not_used:
         raise ValueError(
-            "The file must fill the whole network, and the network take all of it. "
-            f"Received: a {checkpoint.format} file that lacks {_some(missing)}, for {model.name!r}, which lacks "
-            f"{_some(not_used)}"
+            "The file must fill the whole network, and the network take all of it: have the same non-local blocks, of "
+            f"the same pairwise function. Received: a {checkpoint.format} file with {_some(not_used)}, which "
+            f"{model.name!r} does not have, and without {_some(missing)}, which it has"
         )
     return filling
 
@@ -169,7 +169,9 @@ def read(weights, keras_name=None):
     if weights == "imagenet":
         return _imagenet(keras_name)
     if not os.path.exists(weights):
-        raise ValueError(f"The file that `weights` names does not exist. Received: weights={weights!r}")
+        raise ValueError(
+            f'`weights` must be a file of weights or "imagenet"; there is no such file. Received: weights={weights!r}'
+        )
     try:
         checkpoint = checkpoints.read(weights)
     except ValueError as error:
@@ -182,7 +184,9 @@ def read(weights, keras_name=None):
 
 def _imagenet(keras_name):
     if keras_name is None:
-        raise ValueError('There are no weights of images for this network. Received: weights="imagenet"')
+        raise ValueError(
+            'There are weights of images for the networks of 50 and 101 layers only. Received: weights="imagenet"'
+        )
     try:
         network = getattr(keras.applications, keras_name)(weights="imagenet", include_top=False)
     except Exception as error:  # Keras raises just that where it cannot download
