@@ -33,6 +33,15 @@ SMALL = ClipOptions(
 VIEWS = dataclasses.replace(SMALL, shorter_side=(32, 32), horizontal_flip=False, views=(3, 3))
 
 
+def far_greys(*shape):
+    """`grey_frames` of twice the contrast: encoding twice cannot take one for the next."""
+    return 2 * grey_frames(*shape) - 20
+
+
+def read_far_greys(frames):
+    return read_greys((frames + 20.0) / 2)
+
+
 def make_videos(folder, count=10, broken=()):
     """Videos whose lengths and first greys differ; returns their annotations."""
     folder.mkdir()
@@ -43,7 +52,7 @@ def make_videos(folder, count=10, broken=()):
         if number in broken:
             BREAKERS["garbage"](path)
         else:
-            encode(path, grey_frames(8 + number, 48, 64), options={"crf": "10"})
+            encode(path, far_greys(8 + number, 48, 64), options={"crf": "10"})
         paths.append(str(path))
     return Annotations(paths=tuple(paths), labels=np.arange(count) % 2, class_names=("one", "two"))
 
@@ -318,7 +327,7 @@ def test_views_are_those_of_a_slow_twin(camera, side, num_crops):
 
 @pytest.mark.parametrize("side", [100, 128])
 def test_clips_are_those_of_the_files(camera, side):
-    """As PyAV decodes and resizes them; JPEG and the other order of resizing leave less than 2 of 255 levels."""
+    """As PyAV decodes and resizes them; JPEG, which halves the colours' resolution, leaves about 2 of 255 levels."""
     path, index = camera
     clip = ClipOptions(4, 4, (side, side), None, False, (2, 1), "recipe")
     ((clips, _, _, _),) = elements(shard_source(index, None, clip, False, 0))
@@ -327,7 +336,7 @@ def test_clips_are_those_of_the_files(camera, side):
         expected = video.read(positions.ravel(), side)
     assert clips.shape == (2, 4, *expected.shape[1:])
     difference = np.abs(clips.reshape(expected.shape).astype(int) - expected)
-    assert difference.mean() < 2
+    assert difference.mean() < 2.5
     shifted = np.abs(np.roll(clips.reshape(expected.shape), 1, axis=2).astype(int) - expected)
     assert difference.mean() < shifted.mean() / 2  # one pixel off would be seen
 
@@ -386,16 +395,16 @@ def test_whole_frames(index):
     for clips, number, good, _ in elements(shard_source(index, None, clip, False, 0)):
         assert good and clips.shape == (2, 4, 30, 40, 3)
         wrapped = view_indices(int(index.num_frames[number]), 4, 2, 2)
-        assert [read_greys(view) for view in clips] == wrapped.tolist()
+        assert [read_far_greys(view) for view in clips] == wrapped.tolist()
 
 
 def test_portrait_and_odd_sizes(tmp_path):
-    path = encode(tmp_path / "portrait.mp4", grey_frames(9, 90, 50))
+    path = encode(tmp_path / "portrait.mp4", far_greys(9, 90, 50))
     index = write_shards(Annotations((path,), None, None), tmp_path / "shards", 35, verbose=False)
     assert index.sizes.tolist() == [[63, 35]] and index.labels is None
     ((clips, _, good, _),) = elements(shard_source(index, None, VIEWS, False, 0))
     assert good and clips.shape == (9, 4, 24, 28, 3)
-    assert [read_greys(view) for view in clips[::3]] == view_indices(9, 4, 2, 3).tolist()
+    assert [read_far_greys(view) for view in clips[::3]] == view_indices(9, 4, 2, 3).tolist()
 
 
 def test_order(index):
