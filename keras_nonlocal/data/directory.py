@@ -138,7 +138,7 @@ def video_dataset_from_directory(
     given `seed` the clips are the same in each run, however many are decoded in parallel.
 
     Of the clips, no more are in memory than those that are decoded at a time (`num_parallel_calls`, or the
-    machine's cores), one more, and three batches: one that is filled, two that wait.
+    machine's cores), two more, and three batches: one that is filled, two that wait.
 
     Pixels are the RGB values 0..255: map the model's own `preprocess_input` over the dataset.
 
