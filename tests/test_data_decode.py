@@ -64,6 +64,7 @@ def video_path(request, tmp_path_factory):
 
 
 def test_any_frames_of_any_file(video_path):
+    assert os.sched_getscheduler(0) == os.SCHED_OTHER
     sequential = decode_all(video_path)
     assert read_numbers(sequential) == list(range(NUM_FRAMES))
     rng = np.random.default_rng(0)

@@ -1,6 +1,8 @@
 """Tiny videos whose frames say their number, and files broken in every known way."""
 
+import contextlib
 import importlib.metadata
+import os
 from fractions import Fraction
 
 import av
@@ -38,6 +40,16 @@ def read_greys(frames):
     return np.rint((level - 20) / 4).astype(int).tolist()
 
 
+@contextlib.contextmanager
+def _usual_priority():
+    """SVT-AV1, when it runs as root, leaves its caller with real-time priority, which everything started then inherits."""
+    policy, parameters = os.sched_getscheduler(0), os.sched_getparam(0)
+    try:
+        yield
+    finally:
+        os.sched_setscheduler(0, policy, parameters)
+
+
 def encode(
     path,
     frames,
@@ -49,7 +61,7 @@ def encode(
     container_options=None,
 ):
     """Writes a file with full say over timestamps (in 1/30 s), rotation and containers."""
-    with av.open(str(path), "w", options=container_options or {}) as container:
+    with _usual_priority(), av.open(str(path), "w", options=container_options or {}) as container:
         stream = container.add_stream(codec, rate=30, options=options or {})
         stream.height, stream.width = frames.shape[1:3]
         stream.pix_fmt = pix_fmt
