@@ -42,7 +42,7 @@ def read_greys(frames):
 
 @contextlib.contextmanager
 def _usual_priority():
-    """SVT-AV1, when it runs as root, leaves its caller with real-time priority, which everything started then inherits."""
+    """SVT-AV1, as root, leaves its caller with real-time priority, which everything started later inherits."""
     policy, parameters = os.sched_getscheduler(0), os.sched_getparam(0)
     try:
         yield
