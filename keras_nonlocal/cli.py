@@ -499,7 +499,7 @@ def _parser():
         description="Trains, evaluates, applies and exports video classifiers with non-local blocks.",
     )
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    data_help = "folder with a sub-folder of videos for every class"
+    data_help = "folder of videos, a sub-folder for every class or with --annotations, or of shards"
     model_help = "a .keras file, or a folder that `keras-nonlocal export` wrote"
 
     train = _command(commands, "train", _train, "trains a network on a folder of videos")

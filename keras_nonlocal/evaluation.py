@@ -163,8 +163,8 @@ class MultiLabelEvaluation(_Evaluation):
 
     The average precision of a class is the sum, over the videos in the order of their scores for it, of the precision
     among the videos so far times the step in recall. Videos of equal scores come together
-    (`sklearn.metrics.average_precision_score`). Charades' own script takes them one by one in the order of its file;
-    without equal scores the two are the same.
+    (`sklearn.metrics.average_precision_score`). As in Charades' own script, videos of no class at all come last,
+    whatever their scores; the script takes equal scores one by one in the order of its file.
 
     Attributes:
         num_videos: Number of videos, those of no class included.
@@ -512,8 +512,9 @@ def summarize(scores, labels, num_views=1, class_names=None):
         if not has_videos.any():
             raise ValueError("At least one video must be of a class. Received: labels of zeros only")
         average_precision = np.full(num_classes, np.nan)
+        of_any = labels.any(axis=1)  # the others come last, where they change no precision
         for k in np.flatnonzero(has_videos):
-            average_precision[k] = average_precision_score(labels[:, k] > 0, scores[:, k])
+            average_precision[k] = average_precision_score(labels[of_any, k] > 0, scores[of_any, k])
         return MultiLabelEvaluation(
             num_videos=num_videos,
             num_views=num_views,

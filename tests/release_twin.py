@@ -257,6 +257,20 @@ class ReleaseTwin:
 
     def __call__(self, clips):
         """Class probabilities of normalised clips `(batch, frames, height, width, 3)`."""
+        return self.head(self.features(clips))
+
+    def head(self, features):
+        import torch
+        from torch.nn import functional
+
+        with torch.inference_mode():
+            x = functional.linear(torch.from_numpy(features), self.blob("pred_w"), self.blob("pred_b"))
+            left = sorted(name for name in set(self.blobs) - self.used if not name.endswith(TRAINING))
+            assert not left, left
+            return torch.softmax(x, -1).numpy()
+
+    def features(self, clips):
+        """What the head sees of the clips."""
         import torch
         from torch.nn import functional
 
@@ -275,10 +289,7 @@ class ReleaseTwin:
                         x = self.non_local_block(f"nonlocal_conv{stage}_{block}", x, groups)
                 if stage == 2:
                     x = functional.max_pool3d(x, (third, 1, 1), (third, 1, 1))
-            x = functional.linear(x.mean((2, 3, 4)), self.blob("pred_w"), self.blob("pred_b"))
-            left = sorted(name for name in set(self.blobs) - self.used if not name.endswith(TRAINING))
-            assert not left, left
-            return torch.softmax(x, -1).numpy()
+            return x.mean((2, 3, 4)).numpy()
 
     def blob(self, name):
         import torch

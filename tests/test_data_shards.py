@@ -407,6 +407,24 @@ def test_portrait_and_odd_sizes(tmp_path):
     assert [read_far_greys(view) for view in clips[::3]] == view_indices(9, 4, 2, 3).tolist()
 
 
+def test_only_the_seed_counts(index):
+    passes = []
+    for global_seed in (1, 2):
+        tf.random.set_seed(global_seed)
+        dataset = shard_source(index, None, SMALL, True, 3)
+        passes.append([[(int(number), clip.tobytes()) for clip, number, _, _ in elements(dataset)] for _ in range(2)])
+    assert passes[0] == passes[1]
+    assert passes[0][0] != passes[0][1]
+
+
+def test_a_replaced_video_is_another(tmp_path):
+    annotations = make_videos(tmp_path / "videos", count=2)
+    write_shards(annotations, tmp_path / "shards", 36, verbose=False)
+    encode(annotations.paths[0], grey_frames(30, 64, 90))
+    with pytest.raises(ValueError, match="shards of the same videos"):
+        write_shards(annotations, tmp_path / "shards", 36, verbose=False)
+
+
 def test_order(index):
     everything = list(range(10))
     assert numbers_of(shard_source(index, None, SMALL, False, 0)) == everything

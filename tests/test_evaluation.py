@@ -92,10 +92,14 @@ def slow_average_precision(scores, labels):
     return total
 
 
-def charades_average_precision(scores, labels):
-    """As Charades' script has it: the mean, over the videos of the class, of the precision down to each."""
+def charades_average_precision(scores, labels, of_any):
+    """As Charades' script has it: the mean, over the videos of the class, of the precision down to each.
+
+    Videos of no class come last, whatever their scores.
+    """
     precisions, found = [], 0
-    for place, index in enumerate(sorted(range(len(scores)), key=lambda i: -scores[i]), start=1):
+    order = sorted(range(len(scores)), key=lambda i: -scores[i] if of_any[i] else np.inf)
+    for place, index in enumerate(order, start=1):
         if labels[index]:
             found += 1
             precisions.append(found / place)
@@ -163,8 +167,9 @@ def test_mean_average_precision_equals_slow_loops(num_videos, num_classes, level
     labels = rng.integers(0, 2, (num_videos, num_classes)).astype("float32")
     labels[0, 0] = 1
     result = summarize(scores, labels)
+    of_any = labels.any(axis=1)
     of_classes = {
-        k: slow_average_precision(scores[:, k].tolist(), labels[:, k].tolist())
+        k: slow_average_precision(scores[of_any, k].tolist(), labels[of_any, k].tolist())
         for k in range(num_classes)
         if labels[:, k].any()
     }
@@ -172,26 +177,29 @@ def test_mean_average_precision_equals_slow_loops(num_videos, num_classes, level
     for k in range(num_classes):
         np.testing.assert_allclose(result.average_precision[k], of_classes.get(k, np.nan))
         if k in of_classes and len(set(scores[:, k])) == num_videos:
-            assert of_classes[k] == pytest.approx(charades_average_precision(scores[:, k], labels[:, k]))
+            assert of_classes[k] == pytest.approx(charades_average_precision(scores[:, k], labels[:, k], of_any))
 
 
 def test_average_precision_by_hand():
-    """In the order of the scores the class has the 1st, 3rd and 4th of 5 videos; nobody has the other class."""
-    scores = np.array([[0.9, 0.5], [0.8, 0.1], [0.5, 0.2], [0.3, 0.9], [0.1, 0.0]])
-    labels = np.array([[1, 0], [0, 0], [1, 0], [1, 0], [0, 0]])
-    result = summarize(scores, labels, class_names=["dance", "sleep"])
-    assert result.mean_average_precision == pytest.approx((1 / 1 + 2 / 3 + 3 / 4) / 3)
-    assert result.headline() == "mean average precision  0.8056  (of 1 classes)"
+    """Of the videos of any class, in the order of the scores, the first has the 1st, 3rd and 4th, the last both others.
+
+    Nobody has the second. The last video has none, so that its high scores are of no weight.
+    """
+    scores = np.array([[0.9, 0.5, 0.1], [0.8, 0.1, 0.7], [0.5, 0.2, 0.2], [0.3, 0.9, 0.3], [0.1, 0.0, 0.6], [1, 1, 1]])
+    labels = np.array([[1, 0, 0], [0, 0, 1], [1, 0, 0], [1, 0, 0], [0, 0, 1], [0, 0, 0]])
+    result = summarize(scores, labels, class_names=["dance", "sleep", "eat"])
+    assert result.mean_average_precision == pytest.approx(((1 / 1 + 2 / 3 + 3 / 4) / 3 + 1) / 2)
+    assert result.headline() == "mean average precision  0.9028  (of 2 classes)"
     assert (
-        result.table()
-        == "class  videos  average precision\ndance       3             0.8056\nsleep       0                  -"
+        result.table() == "class  videos  average precision\n"
+        "dance       3             0.8056\nsleep       0                  -\neat         2             1.0000"
     )
     assert result.figures() == {
-        "num_videos": 5,
+        "num_videos": 6,
         "num_views": 1,
         "mean_average_precision": result.mean_average_precision,
-        "class_names": ["dance", "sleep"],
-        "per_class": [result.mean_average_precision, None],
+        "class_names": ["dance", "sleep", "eat"],
+        "per_class": [pytest.approx((1 / 1 + 2 / 3 + 3 / 4) / 3), None, 1.0],
     }
 
 
@@ -203,7 +211,9 @@ def test_several_labels_a_video(videos):
     expected = slow_scores(model, views)
     np.testing.assert_allclose(result.scores, expected, atol=1e-5)
     of_classes = [
-        slow_average_precision(expected[:, k].tolist(), labels[:, k].tolist()) for k in range(CLASSES) if k != 4
+        slow_average_precision(np.delete(expected[:, k], 2).tolist(), np.delete(labels[:, k], 2).tolist())
+        for k in range(CLASSES)
+        if k != 4
     ]
     assert result.mean_average_precision == pytest.approx(np.mean(of_classes))
     assert np.isnan(result.average_precision).tolist() == [k == 4 for k in range(CLASSES)]

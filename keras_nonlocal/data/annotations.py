@@ -384,10 +384,11 @@ def read_annotations(
     - `"directory"`: a folder of videos for each class; no file of annotations;
     - `"kinetics"`: a CSV file with the columns `label`, `youtube_id`, `time_start`, `time_end`, `split`. The videos
       `{youtube_id}_{time_start:06d}_{time_end:06d}.mp4` or `{youtube_id}.mp4`, or with other extensions, may be
-      anywhere under the directory; of several, the one in a folder of the label's name is taken;
+      anywhere under the directory; of several, the one in a folder of the label's name is taken. They must be cut to
+      their times already: clips are taken from all of a file;
     - `"charades"`: a CSV file with the columns `id` and `actions`, the latter like
-      `"c092 11.90 21.20;c147 0.00 12.60"`: a video has any number of the 157 classes. Their names are taken from
-      `Charades_v1_classes.txt` beside it, if there;
+      `"c092 11.90 21.20;c147 0.00 12.60"`: a video has any number of the 157 classes, whenever they are
+      shown. Their names are taken from `Charades_v1_classes.txt` beside it, if there;
     - `"ucf101"`: `trainlist01.txt` and the like, lines `Class/video.avi 1` with labels from 1, or `testlist01.txt`
       without labels, with `classInd.txt` beside them;
     - `"list"`: lines `path label` of PySlowFast and MMAction2, separated by a space, a comma or a tab, with labels

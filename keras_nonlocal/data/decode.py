@@ -152,6 +152,9 @@ class VideoReader:
             raise ValueError(f"`shorter_side` must be at least 1 or None. Received: shorter_side={shorter_side}")
         unique, inverse = np.unique(indices, return_inverse=True)
         images = self._decode(unique.tolist(), _FrameConverter(shorter_side))
+        sizes = {image.shape[:2] for image in images}
+        if len(sizes) > 1:  # turned midway
+            raise self._error(f"its frames are of several sizes, {sorted(sizes)}")
         return np.stack([images[position] for position in inverse])
 
     def map_frames(self, function, shorter_side=None):

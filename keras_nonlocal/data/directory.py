@@ -401,8 +401,8 @@ def _check_only_shards(**arguments):
 def _shard_videos(index, labels, class_names):
     """The videos of shards as `Annotations`, and the numbers of those that have one of the classes."""
     paths, everything = tuple(index.paths), np.arange(len(index.paths))
-    if labels is not None and index.labels is None:
-        raise ValueError(f"These shards have no labels: pass `labels=None`. Received: labels={labels!r}")
+    if labels is not None and (index.labels is None or index.class_names is None):
+        raise ValueError(f"These shards have no named classes: pass `labels=None`. Received: labels={labels!r}")
     if labels is None:
         if class_names is not None:
             raise ValueError(
@@ -411,7 +411,7 @@ def _shard_videos(index, labels, class_names):
             )
         return Annotations(paths, None, None), everything
     if labels != "inferred":
-        raise ValueError('`labels` must be "inferred" or None with shards. Received: labels=a list')
+        raise ValueError(f'`labels` must be "inferred" or None with shards. Received: labels={labels!r}')
     is_multi_label = index.labels.ndim == 2
     old_labels = index.labels if is_multi_label else index.labels.astype("int32")
     if class_names is None:

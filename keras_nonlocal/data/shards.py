@@ -209,7 +209,10 @@ class _Encoder:
 
     def digest(self):
         """What tells one list of videos from another."""
-        rows = [[name, self.label(video)] for video, name in enumerate(self.names)]
+        sizes = map(_file_size, self.annotations.paths)  # a file that was replaced is another video
+        rows = [
+            [name, self.label(video), size] for video, (name, size) in enumerate(zip(self.names, sizes, strict=True))
+        ]
         return hashlib.sha256(json.dumps(rows).encode()).hexdigest()
 
     def __call__(self, video):
@@ -242,7 +245,7 @@ class _Encoder:
         labels = [] if label is None else np.atleast_1d(label).tolist()
         features = {
             "frames": tf.train.Feature(bytes_list=tf.train.BytesList(value=jpegs)),
-            "name": tf.train.Feature(bytes_list=tf.train.BytesList(value=[name.encode()])),
+            "name": tf.train.Feature(bytes_list=tf.train.BytesList(value=[os.fsencode(name)])),
             "label": tf.train.Feature(int64_list=tf.train.Int64List(value=labels)),
             "timestamps": tf.train.Feature(float_list=tf.train.FloatList(value=timestamps)),
             "height": tf.train.Feature(int64_list=tf.train.Int64List(value=[height])),
@@ -481,7 +484,9 @@ def _order(count, shuffle, seed, reshuffle, distributed):
     if not reshuffle:
         return positions.map(lambda position: (shuffled(position, first, count), first))
     if not distributed:
-        epoch = tf.data.Dataset.random(seed=seed, rerandomize_each_iteration=True).take(1)
+        # Not `Dataset.random`, which TensorFlow's global seed changes.
+        passes = tf.Variable(0, dtype=tf.int64)
+        epoch = tf.data.Dataset.range(1).map(lambda _: passes.assign_add(1))
         epochs = epoch.flat_map(lambda epoch: tf.data.Dataset.from_tensors(epoch).repeat())
         return tf.data.Dataset.zip(positions, epochs).map(
             lambda position, epoch: (shuffled(position, epoch, count), epoch)
@@ -640,7 +645,9 @@ def _resized(size, side):
 def _directory(directory):
     """The directory as a string, its file system being there."""
     directory = os.fspath(directory)
-    if "://" in directory:
+    if "://" not in directory:
+        directory = os.path.abspath(directory)  # for workers of a service, which stand elsewhere
+    else:
         scheme = directory.split("://")[0]
         if scheme not in tf.io.gfile.get_registered_schemes():
             _register_file_systems()
