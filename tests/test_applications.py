@@ -772,7 +772,7 @@ def test_big_network_runs():
 def test_short_clip_in_input_tensor():
     with pytest.raises(ValueError, match=r"at least 2 frames.*Received: input_shape=\(1, 64, 64, 3\)"):
         applications.C2DResNet11(input_tensor=keras.Input((1, 64, 64, 3)))
-    with pytest.raises(ValueError, match="must be a Keras tensor. Received: input_tensor=3"):
+    with pytest.raises(ValueError, match="must be a Keras tensor. Received: input_tensor=<class 'int'>"):
         applications.C2DResNet11(input_tensor=3)
 
 
