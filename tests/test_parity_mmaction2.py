@@ -111,6 +111,9 @@ def test_parity(tmp_path, depth, mode, sub_sample):
         # Their scores are not scaled.
         inner = 256 if name.startswith("nonlocal_conv3") else 512
         blobs[name] = blobs[name] * np.float32(inner**-0.25)
+        if mode == "dot_product":
+            # The mean of the scores, which no softmax takes out, is many times their spread.
+            blobs[name] = blobs[name] * np.float32(0.2)
     theirs = Recognizer(depth, stages, mode, sub_sample, use_scale=False)
     fill(theirs, blobs)
     pixels = np.clip(random_clips(SHAPE, seed=1) * 57.375 + 114.75, 0, 255).round()
