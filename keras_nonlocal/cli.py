@@ -63,12 +63,7 @@ def _train(args):
         datasets = video_dataset_from_directory(
             args.data,
             batch_size=args.batch_size,
-            num_frames=args.num_frames,
-            frame_stride=args.frame_stride,
-            image_size=args.image_size,
-            shorter_side=tuple(args.shorter_side),
-            horizontal_flip=not args.no_flip,
-            seed=args.seed,
+            **_clips(args),
             **_annotations(args),
             validation_split=args.validation_split or None,
             subset="both" if args.validation_split else None,
@@ -204,12 +199,7 @@ def _inspect(args):
             **_annotations(args),
             contact_sheet=args.out,
             num_clips=args.clips,
-            num_frames=args.num_frames,
-            frame_stride=args.frame_stride,
-            image_size=args.image_size,
-            shorter_side=tuple(args.shorter_side),
-            horizontal_flip=not args.no_flip,
-            seed=args.seed,
+            **_clips(args),
         )
     print(inspection.summary())
     if not inspection.facts:
@@ -268,6 +258,18 @@ def _shard(args):
     broken = f"; skipped {skipped} broken file{'s' * (skipped != 1)}, listed in shards.json" if skipped else ""
     print(f"Wrote {len(index.paths)} videos{classes} in {len(index.files)} shards to {args.out}{broken}")
     return 0
+
+
+def _clips(args):
+    """Arguments about random clips, those of `_training_clips` and the seed."""
+    return {
+        "num_frames": args.num_frames,
+        "frame_stride": args.frame_stride,
+        "image_size": args.image_size,
+        "shorter_side": tuple(args.shorter_side),
+        "horizontal_flip": not args.no_flip,
+        "seed": args.seed,
+    }
 
 
 def _annotations(args):

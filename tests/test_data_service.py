@@ -10,19 +10,8 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from keras_nonlocal.data.clips import ClipOptions
 from keras_nonlocal.data.shards import shard_source, write_shards
-from tests.test_data_shards import make_videos
-
-CLIP = ClipOptions(
-    num_frames=4,
-    frame_stride=2,
-    shorter_side=(32, 40),
-    image_size=(24, 28),
-    horizontal_flip=True,
-    views=None,
-    sampling="recipe",
-)
+from tests.test_data_shards import SMALL, make_videos
 
 # Each serves until its standard input is closed.
 DISPATCHER = """
@@ -90,10 +79,10 @@ def distributed(dataset, address):
 def test_every_video_once_by_two_workers(index, service):
     address, _ = service
     assert address.startswith("grpc://")
-    fixed = shard_source(index, None, CLIP, True, 5, reshuffle_each_iteration=False)
+    fixed = shard_source(index, None, SMALL, True, 5, reshuffle_each_iteration=False)
     expected = {int(number): clip for clip, number, _, _ in fixed.as_numpy_iterator()}
     # Passes of their own: the clips differ from pass to pass, although the workers' generators start anew.
-    anew = shard_source(index, None, CLIP, True, 5, distributed=True)
+    anew = shard_source(index, None, SMALL, True, 5, distributed=True)
     through, anew = distributed(fixed, address), distributed(anew, address)
     for _ in range(2):
         elements = list(through.as_numpy_iterator())
@@ -110,7 +99,7 @@ def test_both_workers_read(index, service):
     address, workers = service
     before = [read_so_far(worker) for worker in workers]
     size = os.path.getsize(f"{index.directory}/{index.files[0]}")
-    dataset = shard_source(index, None, CLIP, False, 5, reshuffle_each_iteration=False).repeat(20)
+    dataset = shard_source(index, None, SMALL, False, 5, reshuffle_each_iteration=False).repeat(20)
     for _ in range(20):  # many passes, so that both get a share however slow one is to start
         assert sum(1 for _ in distributed(dataset, address)) == 240
         if all(now - then > size for now, then in zip(map(read_so_far, workers), before, strict=True)):
