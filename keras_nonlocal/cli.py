@@ -601,7 +601,7 @@ def _parser():
         "--shorter-side", type=_positive, default=320, metavar="N", help="size of the frames (default: %(default)s)"
     )
     shard.add_argument(
-        "--quality", type=_positive, default=95, metavar="N", help="of the JPEGs, to 100 (default: %(default)s)"
+        "--quality", type=_positive, default=90, metavar="N", help="of the JPEGs, to 100 (default: %(default)s)"
     )
     shard.add_argument(
         "--videos-per-shard", type=_positive, default=32, metavar="N", help="in one file (default: %(default)s)"

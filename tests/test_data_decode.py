@@ -157,8 +157,8 @@ def test_decodes_no_more_than_the_groups_needed(tmp_path, monkeypatch):
     decoded = []
     frames_of = _AVDecoder._frames
 
-    def counted(self, packets):
-        for frame in frames_of(self, packets):
+    def counted(self, packets, wanted=None):
+        for frame in frames_of(self, packets, wanted):
             decoded.append(frame.pts)
             yield frame
 
@@ -170,6 +170,29 @@ def test_decodes_no_more_than_the_groups_needed(tmp_path, monkeypatch):
         decoded.clear()
         video.read([15, 18, 21, 25])  # the next key frame, 20, is too near for a seek
         assert len(decoded) == 16
+
+
+def test_frames_of_no_use_are_not_decoded(tmp_path, monkeypatch):
+    """x264 tells which frames no other refers to: of those, the ones that are not needed are left out."""
+    path = encode(tmp_path / "a.mp4", numbered_frames(60), options={"g": "60", "bf": "3", "b-adapt": "0"})
+    with VideoReader(path) as video:
+        everything = video.read(range(60))
+        skipping = _AVDecoder._frames
+        counts = {}
+        for name, frames_of in {
+            "all": lambda self, packets, wanted=None: skipping(self, packets),
+            "needed": skipping,
+        }.items():
+
+            def counted(self, packets, wanted=None, name=name, frames_of=frames_of):
+                for frame in frames_of(self, packets, wanted):
+                    counts[name] = counts.get(name, 0) + 1
+                    yield frame
+
+            monkeypatch.setattr(_AVDecoder, "_frames", counted)
+            for indices in ([50], [3, 17, 18, 40], [*range(0, 60, 7)], [59]):
+                np.testing.assert_array_equal(video.read(indices), everything[indices])
+    assert counts["needed"] < 0.7 * counts["all"]
 
 
 def corners(frame):

@@ -3,6 +3,7 @@
 import dataclasses
 import hashlib
 import io
+import itertools
 import json
 import logging
 import os
@@ -18,7 +19,14 @@ from keras_nonlocal.data.annotations import Annotations
 from keras_nonlocal.data.clips import ClipOptions
 from keras_nonlocal.data.decode import VideoError, VideoReader, write_video
 from keras_nonlocal.data.sampling import view_crop_positions, view_indices
-from keras_nonlocal.data.shards import is_shards, read_index, shard_source, verify_shards, write_shards
+from keras_nonlocal.data.shards import (
+    _ClipLoader,
+    is_shards,
+    read_index,
+    shard_source,
+    verify_shards,
+    write_shards,
+)
 from tests.video_files import BREAKERS, camera_clip, decode_all, encode, grey_frames, read_greys
 
 SMALL = ClipOptions(
@@ -76,14 +84,16 @@ def camera(tmp_path_factory):
     path = str(folder / "camera.mp4")
     write_video(path, frames[:, :, :226], options={"crf": "12"})
     annotations = Annotations(paths=(path,), labels=None, class_names=None)
-    return path, write_shards(annotations, folder / "shards", 128, verbose=False)
+    return path, write_shards(annotations, folder / "shards", 128, quality=95, verbose=False)
 
 
-def examples(index):
-    """The records in their order, by TensorFlow's own reader, which checks its checksums."""
+def records(index):
+    """`(features of the head, JPEGs)` of each video, by TensorFlow's own reader, which checks its checksums."""
+    numbers = iter(index.num_frames)
     for file in index.files:
-        for data in tf.data.TFRecordDataset(f"{index.directory}/{file}").as_numpy_iterator():
-            yield tf.train.Example.FromString(data).features.feature
+        data = tf.data.TFRecordDataset(f"{index.directory}/{file}").as_numpy_iterator()
+        for head in data:
+            yield tf.train.Example.FromString(head).features.feature, list(itertools.islice(data, next(numbers)))
 
 
 def elements(dataset):
@@ -114,14 +124,13 @@ def test_records_hold_every_frame(index, annotations):
     assert sorted(index.paths) == sorted(f"{('one', 'two')[n % 2]}/{n}.mp4" for n in range(10))
     assert index.class_names == ("one", "two") and index.skipped == {}
     videos = {path.rsplit("videos/")[1]: path for path in annotations.paths}
-    records = list(examples(index))
-    assert len(records) == 10
-    for number, record in enumerate(records):
+    videos_written = list(records(index))
+    assert len(videos_written) == 10
+    for number, (record, jpegs) in enumerate(videos_written):
         assert record["name"].bytes_list.value[0].decode() == index.paths[number]
         assert record["label"].int64_list.value == [index.paths[number].startswith("two")] == [index.labels[number]]
         with VideoReader(videos[index.paths[number]]) as video:
             expected, timestamps = video.read(np.arange(video.num_frames), 36), video.timestamps
-        jpegs = record["frames"].bytes_list.value
         frames = np.stack([PIL.Image.open(io.BytesIO(jpeg)) for jpeg in jpegs])
         assert frames.shape == expected.shape == (index.num_frames[number], 36, 48, 3)
         assert np.abs(frames.astype(int) - expected).max() <= 2
@@ -136,9 +145,14 @@ def test_index_says_where_the_bytes_are(index):
         data = open(f"{index.directory}/{shard['file']}", "rb").read()
         assert len(data) == shard["bytes"]
         assert hashlib.sha256(data).hexdigest() == shard["sha256"]
-        for record in shard["records"]:
-            example = tf.train.Example.FromString(data[record["offset"] : record["offset"] + record["length"]])
-            assert example.features.feature["name"].bytes_list.value[0].decode() == record["path"]
+        for video in shard["videos"]:
+            length = int.from_bytes(data[video["offset"] : video["offset"] + 8], "little")
+            end = video["offset"] + 12 + length + 4
+            features = tf.train.Example.FromString(data[end - 4 - length : end - 4]).features.feature
+            assert features["name"].bytes_list.value[0].decode() == video["path"]
+            offsets = features["frame_offsets"].int64_list.value
+            assert len(offsets) == video["num_frames"]
+            assert all(data[end + offset + 12 :].startswith(b"\xff\xd8\xff") for offset in offsets)
 
 
 def test_classes_come_mixed(tmp_path, index):
@@ -231,20 +245,21 @@ def test_goes_on_where_it_stopped(annotations, tmp_path, monkeypatch, capsys):
 def test_a_finished_directory_is_mended(annotations, tmp_path):
     index = write_shards(annotations, tmp_path, 16, videos_per_shard=3, verbose=False)
     expected = (tmp_path / index.files[1]).read_bytes()
+    num_bytes = (tmp_path / index.files[3]).stat().st_size
     (tmp_path / index.files[1]).unlink()
     flip_bytes(tmp_path / index.files[2], 50)
     (tmp_path / index.files[3]).write_bytes(b"")
     assert verify_shards(tmp_path) == {
         index.files[1]: "it is missing",
         index.files[2]: "its content has changed",
-        index.files[3]: f"it has 0 bytes instead of {index.lengths[9] + 16}",
+        index.files[3]: f"it has 0 bytes instead of {num_bytes}",
     }
     write_shards(annotations, tmp_path, 16, videos_per_shard=3, verbose=False)
     assert verify_shards(tmp_path) == {} and (tmp_path / index.files[1]).read_bytes() == expected
 
 
 def test_other_options_and_videos_are_errors(annotations, index):
-    with pytest.raises(ValueError, match="differs in options: .*'quality': 95.*Received: out="):
+    with pytest.raises(ValueError, match="differs in options: .*'quality': 90.*Received: out="):
         write_shards(annotations, index.directory, 36, quality=80, videos_per_shard=4)
     fewer = dataclasses.replace(annotations, paths=annotations.paths[1:], labels=annotations.labels[1:])
     with pytest.raises(ValueError, match="differs in num_videos, videos: "):
@@ -271,8 +286,8 @@ def test_directories_without_shards(tmp_path):
     assert not is_shards(tmp_path) and not is_shards(tmp_path / "missing")
     with pytest.raises(ValueError, match="complete with their shards.json. Received: directory="):
         read_index(tmp_path)
-    (tmp_path / "shards.json").write_text('{"version": 2}')
-    with pytest.raises(ValueError, match="must be of version 1. Received: version=2"):
+    (tmp_path / "shards.json").write_text('{"version": 1}')
+    with pytest.raises(ValueError, match="must be of version 2. Received: version=1"):
         read_index(tmp_path)
     (tmp_path / "shards.json").write_text("{")
     with pytest.raises(ValueError, match="Expected JSON .*Received: "):
@@ -291,9 +306,14 @@ def triangle_weights(num_in, num_out):
     return weights / weights.sum(1, keepdims=True)
 
 
-def resized_frames(record, side):
-    """The slow way: every frame decoded whole by Pillow and resized whole in float64."""
-    frames = np.stack([PIL.Image.open(io.BytesIO(jpeg)) for jpeg in record["frames"].bytes_list.value])
+def whole_frames(index):
+    """The frames of the first video, decoded whole by Pillow."""
+    _, jpegs = next(records(index))
+    return np.stack([PIL.Image.open(io.BytesIO(jpeg)) for jpeg in jpegs])
+
+
+def resized_frames(frames, side):
+    """The slow way: every frame resized whole in float64."""
     shorter, longer = min(frames.shape[1:3]), max(frames.shape[1:3])
     longer = int(longer * side / shorter + 0.5)
     height, width = (side, longer) if frames.shape[1] <= frames.shape[2] else (longer, side)
@@ -316,7 +336,7 @@ def test_views_are_those_of_a_slow_twin(camera, side, num_crops):
     clip = ClipOptions(5, 3, (side, side), size, False, (2, num_crops), "recipe")
     ((clips, number, good, message),) = elements(shard_source(index, None, clip, False, 0))
     assert (number, good, message) == (0, True, "") and clips.shape == (2 * num_crops, 5, *size, 3)
-    frames = resized_frames(next(examples(index)), side)
+    frames = resized_frames(whole_frames(index), side)
     expected = [
         frames[positions, top : top + size[0], left : left + size[1]]
         for positions in view_indices(20, 5, 3, 2)
@@ -345,8 +365,7 @@ def test_training_clips_are_windows_of_the_frames(camera):
     """Each random clip is found again, pixel by pixel, in the frames that Pillow decodes whole: at one place."""
     _, index = camera
     clip = ClipOptions(3, 5, (128, 128), (60, 70), True, None, "recipe")
-    record = next(examples(index))
-    frames = np.stack([PIL.Image.open(io.BytesIO(jpeg)) for jpeg in record["frames"].bytes_list.value])
+    frames = whole_frames(index)
     found = []
     for seed in range(8):
         ((actual, _, _, _),) = elements(shard_source(index, None, clip, True, seed))
@@ -371,10 +390,38 @@ def locate(clip, frames):
             yield int(top), int(left)
 
 
+@pytest.mark.parametrize(("side", "is_rounded"), [(150, True), (128, False), (100, True), (80, False)])
+def test_windows_of_random_clips_are_rounded(camera, side, is_rounded):
+    """To whole stored pixels, where no wider triangles are needed; there as exactly as views."""
+    _, index = camera
+    clip = ClipOptions(3, 5, (side, side), (60, 70), True, None, "recipe")
+    loader = _ClipLoader(index, np.arange(1), clip, seed=0)
+    frames = whole_frames(index)[:2]
+    exact = resized_frames(frames, side)
+    corner, size = np.array([7, 21]), np.array([60, 70])
+    actual = loader._decode(
+        tf.constant(next(records(index))[1][:2]),
+        *(tf.constant(pair, tf.int64) for pair in (frames.shape[1:3], exact.shape[1:3], corner, size)),
+    ).numpy()
+    expected = exact[:, 7:67, 21:91]
+    if is_rounded:
+        assert np.abs(actual - expected).max() > 2  # else this test would prove nothing
+        scale = np.array(exact.shape[1:3]) / frames.shape[1:3]
+        (top, left), (bottom, right) = np.rint(corner / scale).astype(int), np.rint((corner + size) / scale).astype(int)
+        window = frames[:, top:bottom, left:right]
+        rows, columns = (linear_weights(*pair) for pair in zip(window.shape[1:3], size, strict=True))
+        expected = np.einsum("ah,thwc,bw->tabc", rows, window, columns, optimize=True)
+    assert_rounded(actual, expected)
+
+
+def linear_weights(num_in, num_out):
+    """Linear interpolation in float64 between the two nearest pixels."""
+    centres = ((np.arange(num_out) + 0.5) * num_in / num_out - 0.5).clip(0, num_in - 1)
+    return np.maximum(1 - np.abs(np.arange(num_in) - centres[:, None]), 0)
+
+
 def test_draws_are_uniform():
     """Over many seeds: starts, sizes, corners and flips each as often as the other."""
-    from keras_nonlocal.data.shards import _ClipLoader
-
     loader = object.__new__(_ClipLoader)
     loader._clip = SMALL
     record = {"num_frames": tf.constant(11, tf.int64), "size": tf.constant([36, 48], tf.int64)}
@@ -480,7 +527,7 @@ def test_a_damaged_record_is_one_clip_less(annotations, tmp_path):
     expected = {number: clip for clip, number, _, _ in elements(shard_source(index, None, VIEWS, False, 0))}
     flip_bytes(f"{tmp_path}/{index.files[0]}", index.offsets[1] + 500)
     with pytest.raises(tf.errors.DataLossError):
-        list(examples(index))
+        list(records(index))
     found = elements(shard_source(index, None, VIEWS, False, 0))
     assert [good for _, _, good, _ in found] == [number != 1 for number in range(10)]
     for clip, number, good, message in found:
@@ -488,7 +535,7 @@ def test_a_damaged_record_is_one_clip_less(annotations, tmp_path):
             np.testing.assert_array_equal(clip, expected[number])
         else:
             assert clip.shape == VIEWS.shape and not clip.any()
-            assert message == f"its record in {index.files[0]} at byte {index.offsets[1]} is damaged"
+            assert message == f"records of it in {index.files[0]} from byte {index.offsets[1]} on are damaged"
 
 
 def test_missing_and_cut_files(annotations, tmp_path):

@@ -43,6 +43,10 @@ _SEEK_MIN_SKIP = 4
 # after a seek in an MPEG program stream, for one, frames can be named after their neighbours.
 _SEEKABLE = {"mp4", "matroska", "avi"}
 
+# Codecs that mark each frame to which no other refers, and whose decoders go by exactly that mark: of such frames only
+# those that are needed are decoded. (HEVC's mark leaves out the layers above.)
+_MARKING_CODECS = {"h264"}
+
 # FFmpeg's own decoders of these codecs leave out the alpha channel, which Matroska stores beside
 # the frames; these do not.
 _ALPHA_CODECS = {"vp8": "libvpx", "vp9": "libvpx-vp9"}
@@ -234,8 +238,11 @@ class _AVDecoder:
                     yield packet
         yield None
 
-    def _frames(self, packets):
+    def _frames(self, packets, wanted=None):
+        """Decodes packets; with `wanted` times, those of no other use may be left out."""
         for packet in packets:
+            if packet is not None and self._codec.name in _MARKING_CODECS:
+                self._codec.skip_frame = "DEFAULT" if wanted is None or packet.pts in wanted else "NONREF"
             # A packet that does not decode is a frame less; whoever needs it will miss it.
             with contextlib.suppress(av.FFmpegError):
                 yield from self._codec.decode(packet)
@@ -296,7 +303,8 @@ class _AVDecoder:
                 self._open()
             elif start < 0 or not self._seek(self._keys[start]):
                 continue
-            for number, frame in enumerate(self._frames(self._packets())):
+            skippable = wanted if self._by_time and start is not None else None
+            for number, frame in enumerate(self._frames(self._packets(), skippable)):
                 pts = frame.pts if self._by_time else number
                 if pts in wanted:
                     yield wanted.pop(pts), frame

@@ -1,11 +1,12 @@
 """Videos as shards: TFRecord files of JPEG frames, written once and then read by TensorFlow's own operations.
 
-A directory of shards holds `videos-00000-of-00042.tfrecord` and so on, with one `tf.train.Example` a video, and the
-index `shards.json`, which knows every record's place, label and size. So a clip costs one read of its own record,
-in any order, wherever `tf.io.gfile` reads from. No Python function takes part in it: the datasets run in the workers
-of the `tf.data` service too.
+A directory of shards holds `videos-00000-of-00042.tfrecord` and so on, and the index `shards.json`, which knows every
+video's place, label and size. A video is a record that describes it, its head, a `tf.train.Example`, and after it one
+record a frame, a JPEG. So a clip costs one read of the head, which says where the frames are, and one from the clip's
+first frame to its last, in any order, wherever `tf.io.gfile` reads from. No Python function takes part in it: the
+datasets run in the workers of the `tf.data` service too.
 
-Shape letters: V views (clips x crops), T frames, H and W height and width, C = 3 colours.
+Shape letters: V views (clips x crops), T frames, F frames of the whole video, H and W height and width, C = 3 colours.
 """
 
 import collections
@@ -29,10 +30,14 @@ from .sampling import random_crop_position, training_positions, view_crop_positi
 INDEX = "shards.json"
 # What is being written, and with which options, until the index takes its place.
 _UNFINISHED = "shards.partial.json"
-_VERSION = 1
+_VERSION = 2
 
-# A record of a TFRecord file: the length of the data and its checksum, the data, their checksum.
-_HEAD_BYTES, _TAIL_BYTES = 12, 4
+# A record of a TFRecord file is the data and around them 16 bytes: their length and its checksum, their checksum.
+_AROUND_BYTES = 16
+_BUFFER_BYTES = 256 * 1024
+
+# Where frames become smaller than this, random clips too are resized with wider triangles, against aliasing.
+_LEAST_LINEAR_SCALE = 0.75
 
 # What differs between the file systems that TensorFlow knows and those of tensorflow-io, whose last release
 # loads in this release of TensorFlow only.
@@ -43,20 +48,18 @@ _LOGGER = logging.getLogger("keras_nonlocal")
 
 @dataclasses.dataclass(frozen=True)
 class ShardIndex:
-    """What a directory of shards holds. The records are numbered in the order of the shards.
+    """What a directory of shards holds. The videos are numbered in the order of the shards.
 
     Attributes:
         directory: String, where the shards are.
         class_names: Tuple of strings, or `None`.
-        paths: Tuple of strings, for each record the video's path below the directory that all came from.
+        paths: Tuple of strings, for each video its path below the directory that all came from.
         labels: int32 array of shape `(n,)`, float32 array of zeros and ones of shape `(n, num_classes)`, or `None`.
         num_frames: int64 array of shape `(n,)`.
         sizes: int64 array of shape `(n, 2)`, the height and width of the stored frames.
         files: Tuple of strings, the names of the shards.
-        file_numbers: int64 array of shape `(n,)`, for each record which of `files` holds it.
-        offsets: int64 array of shape `(n,)`, where the record's data begin in their file.
-        lengths: int64 array of shape `(n,)`, how many bytes they are.
-        fingerprints: int64 array of shape `(n,)`, the data's `tf.fingerprint`.
+        file_numbers: int64 array of shape `(n,)`, for each video which of `files` holds it.
+        offsets: int64 array of shape `(n,)`, where its first record begins in that file.
         skipped: Dict from the path of a video that could not be decoded to what was wrong with it.
     """
 
@@ -69,8 +72,6 @@ class ShardIndex:
     files: tuple
     file_numbers: np.ndarray
     offsets: np.ndarray
-    lengths: np.ndarray
-    fingerprints: np.ndarray
     skipped: dict
 
 
@@ -81,20 +82,19 @@ def write_shards(
     annotations,
     out,
     shorter_side=320,
-    quality=95,
+    quality=90,
     videos_per_shard=32,
     num_parallel_calls=None,
     on_error="skip",
     verbose=True,
 ):
-    """Writes videos as shards: TFRecord files with one record of JPEG frames a video.
+    """Writes videos as shards: TFRecord files of JPEG frames.
 
     The videos are dealt out to the shards in a random order, always the same. A shard appears under its name only
     when it is complete. A run that was interrupted goes on where it stopped when it is started again: shards that
     are there are compared with their checksums and written anew if they are damaged.
 
-    Memory is bounded: of each video that is decoded, one raw frame and the JPEGs are held. A record cannot exceed
-    2 GiB, about an hour of video.
+    Memory is bounded: of each video that is decoded, one raw frame and the JPEGs are held.
 
     Args:
         annotations: An `Annotations`: the `paths` of the videos, their `labels` and `class_names`.
@@ -175,11 +175,11 @@ def write_shards(
             shards.append(shard)
             if verbose:
                 print(
-                    f"{file}: {len(shard['records'])} videos, {len(shard['skipped'])} broken, "
+                    f"{file}: {len(shard['videos'])} videos, {len(shard['skipped'])} broken, "
                     f"{shard['bytes'] / 1e6:.1f} MB{', was there' if is_there else ''}",
                     flush=True,
                 )
-    if not any(shard["records"] for shard in shards):
+    if not any(shard["videos"] for shard in shards):
         reasons = [reason for shard in shards for reason in shard["skipped"].values()]
         raise VideoError(f"No video could be decoded: {len(reasons)} are broken, the first: {reasons[:1]}")
     _write_json(_join(out, INDEX), plan | {"shards": shards})
@@ -190,7 +190,7 @@ def write_shards(
 
 
 class _Encoder:
-    """From the number of a video to its record."""
+    """From the number of a video to its records."""
 
     def __init__(self, annotations, shorter_side, quality):
         self.annotations = annotations
@@ -216,7 +216,7 @@ class _Encoder:
         return hashlib.sha256(json.dumps(rows).encode()).hexdigest()
 
     def __call__(self, video):
-        """Returns the record and what the index says of it, or else the `VideoError`."""
+        """Returns the records and what the index says of them, or else the `VideoError`."""
         try:
             with VideoReader(self.annotations.paths[video]) as reader:
                 sizes = set()
@@ -229,7 +229,7 @@ class _Encoder:
                 if len(sizes) > 1:
                     raise VideoError(f"Cannot decode {reader.path}: its frames are of several sizes, {sorted(sizes)}")
                 timestamps = reader.timestamps
-            return self._record(video, jpegs, timestamps, sizes.pop())
+            return self._records(video, jpegs, timestamps, sizes.pop())
         except VideoError as error:
             return error
 
@@ -238,36 +238,29 @@ class _Encoder:
         PIL.Image.fromarray(np.ascontiguousarray(image)).save(stream, "JPEG", quality=self._quality)
         return stream.getvalue()
 
-    def _record(self, video, jpegs, timestamps, size):
+    def _records(self, video, jpegs, timestamps, size):
         name, label, (height, width) = self.names[video], self.label(video), map(int, size)
-        if sum(map(len, jpegs)) >= 2**31 - 2**24:  # the limit of protocol buffers, with room for the rest
-            raise VideoError(f"Cannot decode {self.annotations.paths[video]}: its frames exceed a record's 2 GiB")
-        labels = [] if label is None else np.atleast_1d(label).tolist()
+        ends = np.cumsum([len(jpeg) + _AROUND_BYTES for jpeg in jpegs])
         features = {
-            "frames": tf.train.Feature(bytes_list=tf.train.BytesList(value=jpegs)),
             "name": tf.train.Feature(bytes_list=tf.train.BytesList(value=[os.fsencode(name)])),
-            "label": tf.train.Feature(int64_list=tf.train.Int64List(value=labels)),
+            "label": tf.train.Feature(
+                int64_list=tf.train.Int64List(value=[] if label is None else np.atleast_1d(label).tolist())
+            ),
             "timestamps": tf.train.Feature(float_list=tf.train.FloatList(value=timestamps)),
             "height": tf.train.Feature(int64_list=tf.train.Int64List(value=[height])),
             "width": tf.train.Feature(int64_list=tf.train.Int64List(value=[width])),
+            # Where each frame's record begins, counted from the end of this one.
+            "frame_offsets": tf.train.Feature(int64_list=tf.train.Int64List(value=[0, *ends[:-1]])),
         }
-        data = tf.train.Example(features=tf.train.Features(feature=features)).SerializeToString()
-        entry = {
-            "path": name,
-            "label": label,
-            "num_frames": len(jpegs),
-            "height": height,
-            "width": width,
-            "length": len(data),
-            "fingerprint": tf.fingerprint([data]).numpy().tobytes().hex(),
-        }
-        return data, entry
+        head = tf.train.Example(features=tf.train.Features(feature=features)).SerializeToString()
+        entry = {"path": name, "label": label, "num_frames": len(jpegs), "height": height, "width": width}
+        return [head, *jpegs], entry
 
 
 def _write_shard(out, file, videos, encoder, encode, on_error):
     """Writes one shard and returns what the index says of it."""
     path, partial = _join(out, file), _join(out, file + ".partial")
-    records, skipped, position = [], {}, 0
+    entries, skipped, position = [], {}, 0
     with tf.io.TFRecordWriter(partial) as writer:
         for video, result in zip(videos, encode(videos), strict=True):
             if isinstance(result, VideoError):
@@ -276,12 +269,13 @@ def _write_shard(out, file, videos, encoder, encode, on_error):
                 _LOGGER.warning("Skipped a broken video. %s", result)
                 skipped[encoder.names[video]] = str(result)
                 continue
-            data, entry = result
-            writer.write(data)
-            records.append(entry | {"offset": position + _HEAD_BYTES})
-            position += _HEAD_BYTES + len(data) + _TAIL_BYTES
+            records, entry = result
+            entries.append(entry | {"offset": position})
+            for record in records:
+                writer.write(record)
+                position += len(record) + _AROUND_BYTES
     tf.io.gfile.rename(partial, path, overwrite=True)
-    shard = {"file": file, "bytes": position, "sha256": _sha256(path), "records": records, "skipped": skipped}
+    shard = {"file": file, "bytes": position, "sha256": _sha256(path), "videos": entries, "skipped": skipped}
     damage = _damage(out, shard, checksum=False)
     if damage is not None:
         raise OSError(f"Writing {path} failed: {damage}")
@@ -356,34 +350,31 @@ def read_index(directory):
             f"{INDEX} must be of version {_VERSION}. Received: version={content.get('version')!r} in {directory!r}"
         )
     shards, class_names = content["shards"], content["class_names"]
-    records = [record for shard in shards for record in shard["records"]]
-    labels = [record["label"] for record in records]
+    videos = [video for shard in shards for video in shard["videos"]]
+    labels = [video["label"] for video in videos]
     if content["label_kind"] is None:
         labels = None
     elif content["label_kind"] == "int":
         labels = np.array(labels, "int32")
     else:
         classes = labels
-        labels = np.zeros((len(records), content["num_classes"]), "float32")
+        labels = np.zeros((len(videos), content["num_classes"]), "float32")
         for row, columns in zip(labels, classes, strict=True):
             row[columns] = 1
 
     def column(*names):
-        return np.array([[record[name] for name in names] for record in records], "int64").reshape(-1, len(names))
+        return np.array([[video[name] for name in names] for video in videos], "int64").reshape(-1, len(names))
 
-    fingerprints = b"".join(bytes.fromhex(record["fingerprint"]) for record in records)
     return ShardIndex(
         directory=directory,
         class_names=None if class_names is None else tuple(class_names),
-        paths=tuple(record["path"] for record in records),
+        paths=tuple(video["path"] for video in videos),
         labels=labels,
         num_frames=column("num_frames")[:, 0],
         sizes=column("height", "width"),
         files=tuple(shard["file"] for shard in shards),
-        file_numbers=np.repeat(np.arange(len(shards)), [len(shard["records"]) for shard in shards]),
+        file_numbers=np.repeat(np.arange(len(shards)), [len(shard["videos"]) for shard in shards]),
         offsets=column("offset")[:, 0],
-        lengths=column("length")[:, 0],
-        fingerprints=np.frombuffer(fingerprints, "int64"),
         skipped={path: reason for shard in shards for path, reason in shard["skipped"].items()},
     )
 
@@ -435,29 +426,32 @@ def shard_source(
 ):
     """The clips of shards, as a dataset that is TensorFlow's own operations from end to end.
 
-    Each clip reads its own record, so that any order costs the same: the shuffle is over all videos, not over a
-    buffer, and takes no memory. Only the frames of the clip are decoded, each once and of each only the window under
-    the crop. Record numbers, not file names or threads, seed the random draws.
+    Each clip reads its own part of its own video, so that any order costs the same: the shuffle is over all videos,
+    not over a buffer, and takes no memory. Only the frames of the clip are decoded, each once and of each only the
+    window under the crop. The videos' numbers, not file names or threads, seed the random draws.
 
-    A record whose fingerprint is not that of the index, or whose file is missing or too short, gives a black clip
-    with `is_good` false; the other records of its file are read.
+    Views are exactly the windows of the whole frame, had it been resized. The window of a random clip is rounded to
+    whole stored pixels, half a pixel at most, which makes resizing three times as fast.
+
+    A clip of which a record is damaged, that is its checksum is wrong, or whose file is missing or too short, is black
+    with `is_good` false; the other clips of its file are read.
 
     Args:
         index: A `ShardIndex`.
-        chosen: Integer array, the numbers of the records to read, or `None` for all.
+        chosen: Integer array, the numbers of the videos to read, or `None` for all.
         clip: A `ClipOptions`.
-        shuffle: Whether to draw an order of the records.
+        shuffle: Whether to draw an order of the videos.
         seed: Integer seed of the order and the random clips.
         shard: `None`, or a pair `(num, index)`: only every `num`-th of `chosen`, from the `index`-th on.
         num_parallel_calls: Integer, how many clips are decoded at a time. `None` lets `tf.data` decide.
         reshuffle_each_iteration: Whether every pass has an order and clips of its own, else all are as the first.
         distributed: Whether the dataset goes to workers of the `tf.data` service, which cannot tell the passes apart:
             with `reshuffle_each_iteration` the clips then depend on the clock, no longer on `seed` alone, and the
-            order is a fixed random one of which stretches (64 records, less for fewer than 4,096) are shuffled anew.
+            order is a fixed random one of which stretches (64 videos, less for fewer than 4,096) are shuffled anew.
 
     Returns:
         A `tf.data.Dataset` of `(clip, number, is_good, message)`: a uint8 tensor of the shape `clip.shape`, the int64
-        number of the record, a bool, and a string that says what is wrong where `is_good` is false.
+        number of the video, a bool, and a string that says what is wrong where `is_good` is false.
     """
     numbers = np.arange(len(index.paths)) if chosen is None else np.asarray(chosen, "int64")
     if shard is not None:
@@ -511,49 +505,30 @@ class _ClipLoader:
     def __init__(self, index, numbers, clip, seed):
         self._clip = clip
         self._seed = seed
-        paths = [_join(index.directory, file) for file in index.files]
-        used = np.unique(index.file_numbers[numbers])
-        # Asked here, once: in the graph a file that is missing or cut off would be an error, not a lost record.
-        with concurrent.futures.ThreadPoolExecutor(16) as executor:
-            found = list(executor.map(lambda number: _file_size(paths[number]) or 0, used))
-        file_sizes = np.zeros(len(paths), "int64")
-        file_sizes[used] = found
-        self._paths, self._files, self._file_sizes = paths, index.files, file_sizes
+        self._paths = [_join(index.directory, file) for file in index.files]
         self._columns = {
             "number": numbers,
             "file": index.file_numbers[numbers],
             "offset": index.offsets[numbers],
-            "length": index.lengths[numbers],
-            "fingerprint": index.fingerprints[numbers],
             "num_frames": index.num_frames[numbers],
             "size": index.sizes[numbers],
         }
 
     def __call__(self, position, epoch):
         clip = self._clip
-        record = {name: tf.gather(tf.constant(column, tf.int64), position) for name, column in self._columns.items()}
-        data = self._read(record)
-        is_good = tf.bitcast(tf.fingerprint([data])[0], tf.int64) == record["fingerprint"]
-        message = tf.strings.join(
-            [
-                "its record in ",
-                tf.gather(self._files, record["file"]),
-                " at byte ",
-                tf.strings.as_string(record["offset"]),
-            ]
-            + [" is damaged"]
-        )
-        # Seeded by record and pass: whoever loads it, and whatever was loaded before, the clip is the same.
+        video = {name: tf.gather(tf.constant(column, tf.int64), position) for name, column in self._columns.items()}
+        # Seeded by video and pass: whoever loads it, and whatever was loaded before, the clip is the same.
         key = tf.stack([tf.constant(self._seed, tf.int64), epoch])
-        key = tf.random.experimental.stateless_fold_in(key, record["number"])
+        key = tf.random.experimental.stateless_fold_in(key, video["number"])
         uniform = tf.random.stateless_uniform([clip.num_frames + 4], key, dtype=tf.float64)
-        frames, corners, size, resized = self._geometry(record, uniform)
+        frames, corners, size, resized = self._geometry(video, uniform)
         unique, places = tf.unique(tf.reshape(frames, [-1]))
+        jpegs, is_good = self._read(video, unique)
         top_left = tf.reduce_min(corners, axis=0)
         extent = tf.reduce_max(corners, axis=0) + size - top_left
         images = tf.cond(
             is_good,
-            lambda: self._decode(data, unique, record["size"], resized, top_left, extent),
+            lambda: self._decode(jpegs, video["size"], resized, top_left, extent),
             lambda: tf.zeros(tf.concat([tf.shape(unique, tf.int64), extent, [3]], 0), tf.uint8),
         )
         places = tf.reshape(places, tf.shape(frames))
@@ -569,30 +544,53 @@ class _ClipLoader:
         else:
             result = tf.stack(crops, axis=1)
             result = tf.reshape(result, tf.concat([[clip.views[0] * clip.views[1]], tf.shape(result)[2:]], 0))
-        return tf.ensure_shape(result, clip.shape), record["number"], is_good, tf.where(is_good, "", message)
+        message = tf.strings.join(
+            [
+                "records of it in ",
+                tf.gather([os.path.basename(path) for path in self._paths], video["file"]),
+                " from byte ",
+                tf.strings.as_string(video["offset"]),
+                " on are damaged",
+            ]
+        )
+        return tf.ensure_shape(result, clip.shape), video["number"], is_good, tf.where(is_good, "", message)
 
-    def _read(self, record):
-        """The record's data; nothing where its file does not reach."""
-        file_size = tf.gather(tf.constant(self._file_sizes), record["file"])
-        rest = file_size - record["offset"] - record["length"]
+    def _read(self, video, frames):
+        """The JPEGs of `frames`, and whether they are as they were written."""
+        head = self._records(video, video["offset"], 1)[0]
 
         def read():
-            return tf.data.FixedLengthRecordDataset(
-                tf.gather(self._paths, record["file"]),
-                record_bytes=record["length"],
-                header_bytes=record["offset"],
-                footer_bytes=rest,
-            ).get_single_element()
+            feature = tf.io.FixedLenSequenceFeature([], tf.int64, allow_missing=True)
+            offsets = tf.io.parse_single_example(head, {"frame_offsets": feature})["frame_offsets"]
+            first = tf.reduce_min(frames)
+            start = video["offset"] + tf.cast(tf.strings.length(head), tf.int64) + _AROUND_BYTES + offsets[first]
+            return tf.gather(self._records(video, start, tf.reduce_max(frames) + 1 - first), frames - first)
 
-        return tf.cond(rest >= 0, read, lambda: tf.constant(b""))
+        jpegs = tf.cond(head != "", read, lambda: tf.fill(tf.shape(frames), ""))
+        return jpegs, tf.reduce_all(jpegs != "")
 
-    def _geometry(self, record, uniform):
+    def _records(self, video, offset, count):
+        """`count` records of the video's file from `offset` on, empty from where they cannot be read."""
+        # The public `TFRecordDataset` does not take offsets.
+        source = tf.raw_ops.TFRecordDatasetV2(
+            filenames=[tf.gather(self._paths, video["file"])],
+            compression_type="",
+            buffer_size=tf.constant(_BUFFER_BYTES, tf.int64),
+            byte_offsets=[offset],
+        )
+        records = tf.data.experimental.from_variant(source, tf.TensorSpec([], tf.string))
+        # The range ends `ignore_errors`, which would read a missing file for ever.
+        records = tf.data.Dataset.zip(tf.data.Dataset.range(count), records).ignore_errors()
+        records = records.map(lambda _, record: record).concatenate(tf.data.Dataset.from_tensors("").repeat(count))
+        return records.take(count).batch(count).get_single_element()
+
+    def _geometry(self, video, uniform):
         """Frame numbers, the crops' corners and size, and the size of the whole frame that they lie in."""
         clip, xp = self._clip, tf.experimental.numpy
-        arguments = (record["num_frames"], clip.num_frames, clip.frame_stride)
+        arguments = (video["num_frames"], clip.num_frames, clip.frame_stride)
         low, high = clip.shorter_side
         side = low + tf.cast(uniform[-2] * (high - low + 1), tf.int64)
-        resized = _resized(record["size"], side)
+        resized = _resized(video["size"], side)
         size = resized if clip.image_size is None else tf.constant(clip.image_size, tf.int64)
         if clip.views is None:
             frames = training_positions(*arguments, uniform[: clip.num_frames], clip.sampling, xp=xp)
@@ -602,34 +600,58 @@ class _ClipLoader:
             corners = view_crop_positions(resized[0], resized[1], size, clip.views[1], xp=xp)
         return frames, corners, size, resized
 
-    @staticmethod
-    def _decode(data, frames, stored, resized, top_left, extent):
+    def _decode(self, jpegs, stored, resized, top_left, extent):
         """The windows of `extent` at `top_left` of the frames, had they been resized from `stored` to `resized`."""
-        jpegs = tf.io.parse_single_example(
-            data, {"frames": tf.io.FixedLenSequenceFeature([], tf.string, allow_missing=True)}
-        )["frames"]
         scale = tf.cast(resized, tf.float64) / tf.cast(stored, tf.float64)
-        # Of the stored frame, the pixels under the window and as many around it as interpolation takes in.
-        margin = tf.maximum(1 / scale, 1) + 1
-        first = tf.cast(tf.floor(tf.cast(top_left, tf.float64) / scale - margin), tf.int64)
-        last = tf.cast(tf.math.ceil(tf.cast(top_left + extent, tf.float64) / scale + margin), tf.int64)
-        first, last = tf.maximum(first, 0), tf.minimum(last, stored)
-        window = tf.cast(tf.concat([first, last - first], 0), tf.int32)
-        shift = tf.cast(first, tf.float64) * scale - tf.cast(top_left, tf.float64)
+        # In pixels of the stored frame, the window and where it ends.
+        first, last = (tf.cast(place, tf.float64) / scale for place in (top_left, top_left + extent))
+        is_linear = self._clip.views is None and tf.reduce_min(scale) >= _LEAST_LINEAR_SCALE
 
-        def image(jpeg):
-            pixels = tf.image.decode_and_crop_jpeg(jpeg, window, channels=3, dct_method="INTEGER_ACCURATE")
-            pixels = tf.raw_ops.ScaleAndTranslate(
-                images=pixels[None],
-                size=tf.cast(extent, tf.int32),
-                scale=tf.cast(scale, tf.float32),
-                translation=tf.cast(shift, tf.float32),
-                kernel_type="triangle",
-                antialias=True,
-            )[0]
-            return tf.cast(tf.round(pixels), tf.uint8)
+        def decoded(first, last, resize):
+            # Colours are stored at half the resolution: at its border a window lacks what they are interpolated from.
+            before = tf.minimum(first, 2)
+            window = tf.concat([first - before, tf.minimum(last + 2, tf.cast(stored, tf.float64)) - first + before], 0)
+            window, before, size = (tf.cast(pixels, tf.int32) for pixels in (window, before, last - first))
 
-        return tf.map_fn(image, tf.gather(jpegs, frames), fn_output_signature=tf.TensorSpec([None, None, 3], tf.uint8))
+            def image(jpeg):  # one at a time: resized frames are four times as large before they are rounded
+                pixels = tf.image.decode_and_crop_jpeg(jpeg, window, channels=3, dct_method="INTEGER_ACCURATE")
+                pixels = pixels[before[0] : before[0] + size[0], before[1] : before[1] + size[1]]
+                return pixels if resize is None else tf.cast(tf.round(resize(pixels[None])[0]), tf.uint8)
+
+            return tf.map_fn(image, jpegs, fn_output_signature=tf.TensorSpec([None, None, 3], tf.uint8))
+
+        def linear():
+            corner = tf.minimum(tf.round(first), tf.cast(stored, tf.float64) - 1)
+            return decoded(
+                corner,
+                tf.maximum(tf.round(last), corner + 1),
+                lambda image: tf.raw_ops.ResizeBilinear(
+                    images=image, size=tf.cast(extent, tf.int32), half_pixel_centers=True
+                ),
+            )
+
+        def exact():
+            # As many pixels around the window as interpolation takes in.
+            margin = tf.maximum(1 / scale, 1) + 1
+            corner = tf.maximum(tf.floor(first - margin), 0)
+            shift = corner * scale - tf.cast(top_left, tf.float64)
+            return decoded(
+                corner,
+                tf.minimum(tf.math.ceil(last + margin), tf.cast(stored, tf.float64)),
+                lambda image: tf.raw_ops.ScaleAndTranslate(
+                    images=image,
+                    size=tf.cast(extent, tf.int32),
+                    scale=tf.cast(scale, tf.float32),
+                    translation=tf.cast(shift, tf.float32),
+                    kernel_type="triangle",
+                    antialias=True,
+                ),
+            )
+
+        is_same = tf.reduce_all(resized == stored)
+        return tf.case(
+            [(is_same, lambda: decoded(first, last, None)), (tf.convert_to_tensor(is_linear), linear)], default=exact
+        )
 
 
 def _resized(size, side):
