@@ -222,8 +222,8 @@ def check(pipeline, clip, batches):
     expected = clip["frame_stride"]
     if pipeline == "pytorchvideo":  # which spreads the frames evenly over the span, the last frame included
         expected = (clip["num_frames"] * clip["frame_stride"] - 1) / (clip["num_frames"] - 1)
-    # Levels are stored as integers, and not all 256 of them.
-    if not np.allclose(steps, expected, rtol=0, atol=1.5 / (clip["num_frames"] - 1)):
+    # Levels are stored as integers, and not all 256 of them: the first and the last may each be one off.
+    if not np.allclose(steps, expected, rtol=0, atol=2.5 / (clip["num_frames"] - 1)):
         raise ValueError(f"expected frames {expected:.2f} apart, got {np.round(steps, 2).tolist()}")
 
 
