@@ -419,7 +419,10 @@ def main(arguments=None):
             key = f"{name}, {workers} worker{'s' * (workers > 1)}"
             if key not in results["fit"]:
                 clip = clip_of(options.plan, *options.plan["fit_clip"])
-                results["fit"][key] = measure_fit(folders[name], clip, workers, options.plan["fit_passes"], options)
+                # Shards hold every video once: their copies are passes, so that as many steps come.
+                folder, copies = (folders["links"], 1) if name == "files" else (folders[name], clip["copies"])
+                passes = options.plan["fit_passes"] * copies
+                results["fit"][key] = measure_fit(folder, clip, workers, passes, options)
                 layers.save(path, results)
                 layers.log(f"fit, {key}: {results['fit'][key]}")
     write(json.loads(json.dumps(results)), options.out)
