@@ -92,7 +92,8 @@ def write_shards(
 
     The videos are dealt out to the shards in a random order, always the same. A shard appears under its name only
     when it is complete. A run that was interrupted goes on where it stopped when it is started again: shards that
-    are there are compared with their checksums and written anew if they are damaged.
+    are there are compared with their checksums and written anew if they are damaged, if the file of one of their
+    videos has another size than before, or if a video that they lack can now be decoded.
 
     Memory is bounded: of each video that is decoded, one raw frame and the JPEGs are held.
 
@@ -112,7 +113,7 @@ def write_shards(
         The `ShardIndex` of what was written.
 
     Raises:
-        ValueError: If an argument is out of range, or `out` holds shards of other videos or options.
+        ValueError: If an argument is out of range, or `out` holds shards of other paths, labels or options.
         VideoError: If no video can be decoded, with `on_error="raise"` if one cannot.
 
     Example:
@@ -168,8 +169,10 @@ def write_shards(
             file = f"videos-{number:05d}-of-{len(parts):05d}.tfrecord"
             state = _join(out, file + ".json")
             shard = _read_json(state) if tf.io.gfile.exists(state) else finished.get(file)
-            is_there = shard is not None and _damage(out, shard) is None
+            is_there = shard is not None and _is_up_to_date(out, shard, part, encoder, encode, on_error)
             if not is_there:
+                if tf.io.gfile.exists(_join(out, INDEX)):  # from here on it would be wrong
+                    tf.io.gfile.rename(_join(out, INDEX), _join(out, _UNFINISHED), overwrite=True)
                 shard = _write_shard(out, file, part, encoder, encode, on_error)
                 _write_json(state, shard)
             shards.append(shard)
@@ -209,11 +212,12 @@ class _Encoder:
 
     def digest(self):
         """What tells one list of videos from another."""
-        sizes = map(_file_size, self.annotations.paths)  # a file that was replaced is another video
-        rows = [
-            [name, self.label(video), size] for video, (name, size) in enumerate(zip(self.names, sizes, strict=True))
-        ]
+        rows = [[name, self.label(video)] for video, name in enumerate(self.names)]
         return hashlib.sha256(json.dumps(rows).encode()).hexdigest()
+
+    def file_sizes(self, videos):
+        """What tells a file from one that took its place."""
+        return [_file_size(self.annotations.paths[video]) for video in videos]
 
     def __call__(self, video):
         """Returns the records and what the index says of them, or else the `VideoError`."""
@@ -261,12 +265,11 @@ def _write_shard(out, file, videos, encoder, encode, on_error):
     """Writes one shard and returns what the index says of it."""
     path, partial = _join(out, file), _join(out, file + ".partial")
     entries, skipped, position = [], {}, 0
+    source_bytes = encoder.file_sizes(videos)
     with tf.io.TFRecordWriter(partial) as writer:
         for video, result in zip(videos, encode(videos), strict=True):
             if isinstance(result, VideoError):
-                if on_error == "raise":
-                    raise result
-                _LOGGER.warning("Skipped a broken video. %s", result)
+                _skip(result, on_error)
                 skipped[encoder.names[video]] = str(result)
                 continue
             records, entry = result
@@ -275,11 +278,39 @@ def _write_shard(out, file, videos, encoder, encode, on_error):
                 writer.write(record)
                 position += len(record) + _AROUND_BYTES
     tf.io.gfile.rename(partial, path, overwrite=True)
-    shard = {"file": file, "bytes": position, "sha256": _sha256(path), "videos": entries, "skipped": skipped}
+    shard = {
+        "file": file,
+        "bytes": position,
+        "sha256": _sha256(path),
+        "source_bytes": source_bytes,
+        "videos": entries,
+        "skipped": skipped,
+    }
     damage = _damage(out, shard, checksum=False)
     if damage is not None:
         raise OSError(f"Writing {path} failed: {damage}")
     return shard
+
+
+def _is_up_to_date(out, shard, videos, encoder, encode, on_error):
+    """Whether a shard is as it would be if it were written now."""
+    if shard.get("source_bytes") != encoder.file_sizes(videos) or _damage(out, shard) is not None:
+        return False
+    errors = []
+    # A disk that was away or a decoder that is newer: the same file may be good now.
+    for result in encode([video for video in videos if encoder.names[video] in shard["skipped"]]):
+        if not isinstance(result, VideoError):
+            return False
+        errors.append(result)
+    for error in errors:
+        _skip(error, on_error)
+    return True
+
+
+def _skip(error, on_error):
+    if on_error == "raise":
+        raise error
+    _LOGGER.warning("Skipped a broken video. %s", error)
 
 
 def _mapped(executor, function, items, ahead):
@@ -305,10 +336,14 @@ def _open_directory(out, plan):
             before = _read_json(_join(out, name))
             different = [key for key in plan if before.get(key) != plan[key]]
             if different:
-                told = {key: before.get(key) for key in different if key != "videos"}
+                # Of the videos only a digest is known.
+                told = {key: (before.get(key), plan[key]) for key in different if key != "videos"}
+                listed = [f"{key} (before {was!r}, now {now!r})" for key, (was, now) in told.items()]
+                listed += ["videos (their paths or labels)"] * ("videos" in different)
                 raise ValueError(
-                    f"`out` must be empty or hold shards of the same videos, written with the same options. It differs "
-                    f"in {', '.join(different)}: {told}. Received: out={out!r}"
+                    "`out` must be empty or hold shards of the same videos, written with the same options. It differs "
+                    f"in {', '.join(listed)}. Pass what was passed before, or another `out`, or delete this one. "
+                    f"Received: out={out!r}"
                 )
             return {shard["file"]: shard for shard in before.get("shards", ())}
     _write_json(_join(out, _UNFINISHED), plan)
