@@ -385,8 +385,60 @@ def test_workers_share_every_pass(levels):
         assert sorted(sum(shares, [])) == list(range(40))
         passes.append(shares)
     assert set(passes[0][0]) != set(passes[1][0])  # another share in each pass
+    for dataset, share in zip(datasets, passes[0], strict=True):
+        assert sorted(int(os.path.basename(path)[:2]) for path in dataset.file_paths) == sorted(share)
     with pytest.raises(ValueError, match=r"a video for each shard, of 40 videos\. Received: shard=\(41, 40\)"):
         video_dataset_from_directory(levels, shard=(41, 40), **SMALL)
+
+
+@pytest.mark.parametrize("arguments", [{"shuffle": False}, {"reshuffle_each_iteration": False}, {"is_sharded": True}])
+def test_the_files_of_a_worker(levels, shard_folder, arguments):
+    """Where the shares stay, `file_paths` are those of each pass."""
+    arguments = dict(arguments)
+    directory = shard_folder if arguments.pop("is_sharded", False) else levels
+    everything = []
+    for index in range(3):
+        dataset = video_dataset_from_directory(directory, shard=(3, index), seed=5, **arguments, **SMALL)
+        files = [int(os.path.basename(path)[:2]) for path in dataset.file_paths]
+        for _ in range(2):
+            assert sorted(read_greys(collect(dataset)[0][:, 0])) == sorted(files)
+        everything += files
+    assert sorted(everything) == list(range(40))
+
+
+@pytest.mark.parametrize("labels", ["inferred", None])
+def test_paths_come_with_the_clips(partly_broken, labels):
+    folder, broken = partly_broken
+    dataset = video_dataset_from_directory(folder, labels=labels, with_paths=True, batch_size=3, seed=0, **SMALL)
+    assert len(dataset.element_spec) == (2 if labels is None else 3)
+    assert dataset.element_spec[-1] == tf.TensorSpec((None,), tf.string)
+    found = []
+    for clips, *_, paths in dataset.as_numpy_iterator():
+        levels = read_greys(clips[:, 0])
+        assert [path.decode() for path in paths] == [f"{folder}/{'ab'[level % 2]}/{level:02}.mp4" for level in levels]
+        found += levels
+    assert sorted(found) == sorted(set(range(40)) - set(broken))
+
+
+@pytest.mark.parametrize("on_error", ["skip", "black"])
+def test_a_shard_that_vanishes_during_a_pass(shard_folder, tmp_path, on_error):
+    """The clips that were not read yet are broken; the pass ends all the same."""
+    shutil.copytree(shard_folder, tmp_path / "shards")
+    dataset = video_dataset_from_directory(
+        tmp_path / "shards", on_error=on_error, with_paths=True, seed=0, **{**SMALL, "batch_size": None}
+    )
+    elements = dataset.as_numpy_iterator()
+    shown = [next(elements)]
+    for file in (tmp_path / "shards").glob("*.tfrecord"):
+        file.unlink()
+    shown += elements
+    read = [path.decode() for clip, _, path in shown if clip.any()]
+    assert [read_greys(clip[:1]) for clip, _, _ in shown if clip.any()] == [[int(path[2:4])] for path in read]
+    broken = dataset.report.broken
+    assert 1 <= len(read) < 40 and set(read) | set(broken) == set(dataset.file_paths) and not set(read) & set(broken)
+    assert len(shown) == (len(read) if on_error == "skip" else 40)
+    for path, message in broken.items():
+        assert message.startswith(f"Cannot decode {path}: its records in videos-0000")
 
 
 def test_reshuffle_each_iteration(levels, folder):
@@ -621,6 +673,9 @@ def test_extensions_nested_folders_and_links(tmp_path):
         ({"shard": (2, 0), "service": "grpc://x"}, r"Received: shard=\(2, 0\), service='grpc://x'"),
         ({"service": "grpc://x:1"}, r"by `keras-nonlocal shard DATA OUT`\. Received: service='grpc://x:1'"),
         ({"on_error": "ignore"}, r"Received: on_error='ignore'"),
+        ({"seed": -1}, r"`seed` must be an integer from 0 to 2\*\*32 - 1\. Received: seed=-1"),
+        ({"seed": 2**32}, r"2\*\*32 - 1\. Received: seed=4294967296"),
+        ({"seed": 1.5}, r"2\*\*32 - 1\. Received: seed=1\.5"),
     ],
 )  # fmt: skip
 def test_guards(levels, arguments, message):
@@ -633,6 +688,8 @@ def test_guards(levels, arguments, message):
     [
         ({"annotations": "list.txt"}, r"`annotations` cannot be .* labels\. Received: annotations='list.txt'"),
         ({"labels": [1]}, r'must be "inferred" or None with shards'),
+        ({"follow_links": True}, r"`follow_links` cannot be passed with shards.* Received: follow_links=True"),
+        ({"seed": 2**70}, r"2\*\*32 - 1\. Received: seed=1180591620717411303424"),
         ({"class_names": ["a", "c"]}, r"which have \['a', 'b'\]\. Received: class_names=\['a', 'c'\]"),
         ({"class_names": ["a"], "labels": None}, r"Received: labels=None, class_names=\['a'\]"),
     ],

@@ -620,7 +620,8 @@ def test_a_damaged_record_is_one_clip_less(annotations, tmp_path):
             np.testing.assert_array_equal(clip, expected[number])
         else:
             assert clip.shape == VIEWS.shape and not clip.any()
-            assert message == f"records of it in {index.files[0]} from byte {index.offsets[1]} on are damaged"
+            place = f"{index.files[0]} from byte {index.offsets[1]}"
+            assert message == f"Cannot decode {index.paths[1]}: its records in {place} on are damaged"
 
 
 def test_missing_and_cut_files(annotations, tmp_path):
@@ -680,4 +681,4 @@ def test_command(tmp_path, capsys):
     assert capsys.readouterr().err == f"{index.files[1]}: its content has changed\n"
     for arguments in (["shard"], ["shard", str(out)], ["shard", "--verify", str(out), "more"]):
         assert main(arguments) == 2
-        assert "either DATA and OUT or --verify OUT" in capsys.readouterr().err
+        assert "either DATA and OUT or --verify OUT. Received: DATA=" in capsys.readouterr().err

@@ -414,6 +414,15 @@ def read_index(directory):
     )
 
 
+def check_no_annotations(**arguments):
+    """Raises a `ValueError` if an argument says again where videos and their labels are."""
+    for name, value in arguments.items():
+        if value is not None:
+            raise ValueError(
+                f"`{name}` cannot be passed with shards, which hold their videos and labels. Received: {name}={value!r}"
+            )
+
+
 def verify_shards(directory):
     """Compares every shard of a directory with its checksum.
 
@@ -446,6 +455,49 @@ def _damage(directory, shard, checksum=True):
 
 
 # Reading
+
+
+def read_heads(index):
+    """Reads the records that describe the videos of shards, and none of their frames.
+
+    Args:
+        index: A `ShardIndex`.
+
+    Returns:
+        An iterator of pairs for every video: the array of its frames' timestamps in seconds and the pair `(height,
+        width)` of their size. Where the record is damaged, a `VideoError` instead.
+    """
+    paths = [_join(index.directory, file) for file in index.files]
+
+    def read(name, file, offset):
+        return _read_records(tf.gather(paths, file), offset, 1)[0], _damage_message(
+            name, tf.gather(paths, file), offset
+        )
+
+    places = tf.data.Dataset.from_tensor_slices((_as_bytes(index.paths), index.file_numbers, index.offsets))
+    for head, message in places.map(read, num_parallel_calls=tf.data.AUTOTUNE).as_numpy_iterator():
+        if not head:
+            yield VideoError(os.fsdecode(message))
+            continue
+        features = tf.train.Example.FromString(head).features.feature
+        height, width = (features[name].int64_list.value[0] for name in ("height", "width"))
+        yield np.array(features["timestamps"].float_list.value), (height, width)
+
+
+def clip_reader(index, clip):
+    """Makes the function from the number of a video and a seed, from 0 to 2**63 - 1, to a clip of it as an array.
+
+    It raises a `VideoError` where a record is damaged.
+    """
+    load = tf.function(_ClipLoader(index, np.arange(len(index.paths)), clip, seed=0))
+
+    def read(number, seed):
+        frames, _, is_good, message = load(tf.constant(number, tf.int64), tf.constant(seed, tf.int64))
+        if not is_good:
+            raise VideoError(os.fsdecode(message.numpy()))
+        return frames.numpy()
+
+    return read
 
 
 def shard_source(
@@ -548,6 +600,7 @@ class _ClipLoader:
             "num_frames": index.num_frames[numbers],
             "size": index.sizes[numbers],
         }
+        self._names = _as_bytes(index.paths[number] for number in numbers)
 
     def __call__(self, position, epoch):
         clip = self._clip
@@ -579,45 +632,24 @@ class _ClipLoader:
         else:
             result = tf.stack(crops, axis=1)
             result = tf.reshape(result, tf.concat([[clip.views[0] * clip.views[1]], tf.shape(result)[2:]], 0))
-        message = tf.strings.join(
-            [
-                "records of it in ",
-                tf.gather([os.path.basename(path) for path in self._paths], video["file"]),
-                " from byte ",
-                tf.strings.as_string(video["offset"]),
-                " on are damaged",
-            ]
-        )
+        name = tf.gather(tf.constant(self._names, tf.string), position)
+        message = _damage_message(name, tf.gather(self._paths, video["file"]), video["offset"])
         return tf.ensure_shape(result, clip.shape), video["number"], is_good, tf.where(is_good, "", message)
 
     def _read(self, video, frames):
         """The JPEGs of `frames`, and whether they are as they were written."""
-        head = self._records(video, video["offset"], 1)[0]
+        path = tf.gather(self._paths, video["file"])
+        head = _read_records(path, video["offset"], 1)[0]
 
         def read():
             feature = tf.io.FixedLenSequenceFeature([], tf.int64, allow_missing=True)
             offsets = tf.io.parse_single_example(head, {"frame_offsets": feature})["frame_offsets"]
             first = tf.reduce_min(frames)
             start = video["offset"] + tf.cast(tf.strings.length(head), tf.int64) + _AROUND_BYTES + offsets[first]
-            return tf.gather(self._records(video, start, tf.reduce_max(frames) + 1 - first), frames - first)
+            return tf.gather(_read_records(path, start, tf.reduce_max(frames) + 1 - first), frames - first)
 
         jpegs = tf.cond(head != "", read, lambda: tf.fill(tf.shape(frames), ""))
         return jpegs, tf.reduce_all(jpegs != "")
-
-    def _records(self, video, offset, count):
-        """`count` records of the video's file from `offset` on, empty from where they cannot be read."""
-        # The public `TFRecordDataset` does not take offsets.
-        source = tf.raw_ops.TFRecordDatasetV2(
-            filenames=[tf.gather(self._paths, video["file"])],
-            compression_type="",
-            buffer_size=tf.constant(_BUFFER_BYTES, tf.int64),
-            byte_offsets=[offset],
-        )
-        records = tf.data.experimental.from_variant(source, tf.TensorSpec([], tf.string))
-        # The range ends `ignore_errors`, which would read a missing file for ever.
-        records = tf.data.Dataset.zip(tf.data.Dataset.range(count), records).ignore_errors()
-        records = records.map(lambda _, record: record).concatenate(tf.data.Dataset.from_tensors("").repeat(count))
-        return records.take(count).batch(count).get_single_element()
 
     def _geometry(self, video, uniform):
         """Frame numbers, the crops' corners and size, and the size of the whole frame that they lie in."""
@@ -687,6 +719,34 @@ class _ClipLoader:
         return tf.case(
             [(is_same, lambda: decoded(first, last, None)), (tf.convert_to_tensor(is_linear), linear)], default=exact
         )
+
+
+def _read_records(path, offset, count):
+    """`count` records of a file from `offset` on, empty from where they cannot be read."""
+    # The public `TFRecordDataset` does not take offsets.
+    source = tf.raw_ops.TFRecordDatasetV2(
+        filenames=[path],
+        compression_type="",
+        buffer_size=tf.constant(_BUFFER_BYTES, tf.int64),
+        byte_offsets=[offset],
+    )
+    records = tf.data.experimental.from_variant(source, tf.TensorSpec([], tf.string))
+    # The range ends `ignore_errors`, which would read a missing file for ever.
+    records = tf.data.Dataset.zip(tf.data.Dataset.range(count), records).ignore_errors()
+    records = records.map(lambda _, record: record).concatenate(tf.data.Dataset.from_tensors("").repeat(count))
+    return records.take(count).batch(count).get_single_element()
+
+
+def _damage_message(name, path, offset):
+    """In the words of a `VideoError`."""
+    file = tf.strings.split(path, "/")[-1]
+    place = tf.strings.join([file, " from byte ", tf.strings.as_string(offset)])
+    return tf.strings.join(["Cannot decode ", name, ": its records in ", place, " on are damaged"])
+
+
+def _as_bytes(names):
+    """Names of files need not be UTF-8."""
+    return [os.fsencode(name) for name in names]
 
 
 def _resized(size, side):
