@@ -12,11 +12,11 @@ import os
 import pathlib
 import re
 import sys
-import tempfile
 import warnings
 
 from keras_nonlocal.applications.resnet import NETWORKS
 from keras_nonlocal.data.annotations import FORMATS, SPLITS
+from keras_nonlocal.data.files import whole_file
 from keras_nonlocal.data.sampling import SAMPLERS
 from keras_nonlocal.evaluation import VIEW_REDUCTIONS
 from keras_nonlocal.ops import PAIRWISE
@@ -103,7 +103,7 @@ def _train(args):
         # The dataset shuffles itself; Keras would warn that it cannot.
         model.fit(normalised(training), validation_data=normalised(validation), epochs=args.epochs, shuffle=False)
         settings = {name: vars(args).get(name) for name in SETTINGS} | {"class_names": class_names}
-        with _scratch(out) as scratch:
+        with whole_file(out) as scratch:
             model.save(scratch)
             _write_text(_settings_path(out), json.dumps(settings, indent=2) + "\n")
     print(report.summary())
@@ -461,22 +461,9 @@ def _check_out(out, overwrite, suffix):
         raise _BadInput(f"--out must be a file in a folder that can be written to. Received: --out {out}")
 
 
-@contextlib.contextmanager
-def _scratch(path):
-    """A name beside `path` that becomes `path` when it is written: readers see whole files only."""
-    folder = pathlib.Path(tempfile.mkdtemp(prefix=f".{path.name}-", dir=path.parent))
-    scratch = folder / path.name
-    try:
-        yield scratch
-        os.replace(scratch, path)
-    finally:
-        scratch.unlink(missing_ok=True)
-        folder.rmdir()
-
-
 def _write_text(path, text):
-    with _scratch(path) as scratch:
-        scratch.write_text(text, encoding="utf-8")
+    with whole_file(path) as scratch:
+        pathlib.Path(scratch).write_text(text, encoding="utf-8")
 
 
 # Options

@@ -5,6 +5,7 @@ import logging
 import os
 import re
 import shutil
+import threading
 import time
 
 import av
@@ -602,16 +603,28 @@ def test_repeat_and_take_and_fit(partly_broken):
     assert np.all(np.isfinite(history.history["loss"]))
 
 
-def test_report_is_safe_under_threads():
-    report = DecodeReport()
+class SlowPath(str):
+    """Another thread runs whenever a set or a dict looks it up."""
 
-    def add(number):
-        report.add_good(f"{number % 100}.mp4")
-        report.add_broken(f"{number % 50}.avi", "Cannot decode it")
+    def __hash__(self):
+        time.sleep(0.02)
+        return super().__hash__()
 
-    with concurrent.futures.ThreadPoolExecutor(8) as pool:
-        list(pool.map(add, range(5000)))
-    assert report.num_good == 100 and len(report.broken) == 50
+
+def test_report_is_safe_under_threads(caplog):
+    """Threads that find a video broken at the same time log it once."""
+    report, path = DecodeReport(), SlowPath("a.mp4")
+    start = threading.Barrier(8)
+
+    def add(_):
+        start.wait(60)
+        report.add_broken(path, "Cannot decode a.mp4: End of file")
+
+    with caplog.at_level(logging.WARNING, logger="keras_nonlocal"), concurrent.futures.ThreadPoolExecutor(8) as pool:
+        list(pool.map(add, range(8)))
+    assert [record.getMessage() for record in caplog.records] == [
+        "Skipped a broken video. Cannot decode a.mp4: End of file"
+    ]
 
 
 def test_report_summaries():
@@ -641,6 +654,10 @@ def test_extensions_nested_folders_and_links(tmp_path):
     [
         ({"labels": "infer"}, r"`labels` must be .* Received: labels='infer'"),
         ({"labels": [0] * 39}, r"each of the 40 videos\. Received: len\(labels\)=39"),
+        ({"labels": [0] * 39 + [0.9]}, r"`labels` must be integers of 32 bits\. Received: 0\.9 in labels"),
+        ({"labels": [2**31] * 40}, r"`labels` must be integers of 32 bits\. Received: 2147483648 in labels"),
+        ({"labels": ["1"] * 40}, r"`labels` must be integers of 32 bits\. Received: '1' in labels"),
+        ({"class_names": []}, r"must name at least one class\. Received: class_names=\[\]"),
         ({"labels": [1] * 20 + [2] * 20, "label_mode": "categorical"},
          r"in \[0, 2\), the number of classes, .* Received: labels from 1 to 2"),
         ({"label_mode": "integer"}, r"`label_mode` must .* Received: label_mode='integer'"),
@@ -690,6 +707,8 @@ def test_guards(levels, arguments, message):
         ({"labels": [1]}, r'must be "inferred" or None with shards'),
         ({"follow_links": True}, r"`follow_links` cannot be passed with shards.* Received: follow_links=True"),
         ({"seed": 2**70}, r"2\*\*32 - 1\. Received: seed=1180591620717411303424"),
+        ({"class_names": []}, r"which have \['a', 'b'\]\. Received: class_names=\[\]"),
+        ({"class_names": ["a", "a"]}, r"which have \['a', 'b'\]\. Received: class_names=\['a', 'a'\]"),
         ({"class_names": ["a", "c"]}, r"which have \['a', 'b'\]\. Received: class_names=\['a', 'c'\]"),
         ({"class_names": ["a"], "labels": None}, r"Received: labels=None, class_names=\['a'\]"),
     ],

@@ -422,7 +422,7 @@ def _shard_videos(index, labels, class_names):
     old_labels = index.labels if is_multi_label else index.labels.astype("int32")
     if class_names is None:
         return Annotations(paths, old_labels, tuple(index.class_names)), everything
-    if not set(class_names) <= set(index.class_names) or len(set(class_names)) < len(class_names):
+    if not 0 < len(class_names) == len(set(class_names) & set(index.class_names)):
         raise ValueError(
             f"`class_names` must be classes of the shards, which have {list(index.class_names)}. "
             f"Received: class_names={list(class_names)}"

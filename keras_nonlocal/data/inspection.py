@@ -15,6 +15,7 @@ from . import shards
 from .annotations import read_annotations
 from .clips import check_positive, check_seed, clip_options, load_clip
 from .decode import VideoError, VideoReader
+from .files import whole_file
 
 # The contact sheet, in pixels.
 _TEXT_WIDTH, _FRAME_HEIGHT, _GAP, _FONT_SIZE = 200, 112, 4, 13
@@ -188,7 +189,8 @@ def inspect_videos(
     if contact_sheet is not None:
         clips = _sample_clips(by_class, facts, broken, load, num_clips, np.random.default_rng(seed))
         if clips:
-            _write_png(draw_contact_sheet(clips), contact_sheet)
+            with whole_file(contact_sheet) as scratch:
+                draw_contact_sheet(clips).save(scratch, format="PNG")
     return Inspection(
         facts=facts,
         broken=broken,
@@ -310,15 +312,3 @@ def _fitted(text, font):
         return text
     length = next(n for n in range(len(text), -1, -1) if font.getlength(text[:n] + "…") <= room)
     return text[:length] + "…"
-
-
-def _write_png(image, path):
-    """The file appears under its name only when it is complete."""
-    folder, name = os.path.split(os.fspath(path))
-    partial = os.path.join(folder, f".{os.getpid()}.{name}")
-    try:
-        image.save(partial, format="PNG")
-        os.replace(partial, path)
-    finally:
-        if os.path.exists(partial):
-            os.unlink(partial)

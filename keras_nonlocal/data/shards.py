@@ -11,6 +11,7 @@ Shape letters: V views (clips x crops), T frames, F frames of the whole video, H
 
 import collections
 import concurrent.futures
+import contextlib
 import dataclasses
 import functools
 import hashlib
@@ -24,6 +25,7 @@ import numpy as np
 import PIL.Image
 import tensorflow as tf
 
+from .clips import check_positive
 from .decode import VideoError, VideoReader
 from .sampling import random_crop_position, training_positions, view_crop_positions, view_positions
 
@@ -130,15 +132,11 @@ def write_shards(
     >>> index.paths, index.num_frames, index.sizes
     (('grey.mp4',), array([20]), array([[24, 32]]))
     """
-    for name, value, high in (
-        ("shorter_side", shorter_side, None),
-        ("quality", quality, 100),
-        ("videos_per_shard", videos_per_shard, None),
-        ("num_parallel_calls", 1 if num_parallel_calls is None else num_parallel_calls, None),
-    ):
-        if not isinstance(value, (int, np.integer)) or isinstance(value, bool) or not 1 <= value <= (high or value):
-            limits = "a positive integer" if high is None else f"an integer from 1 to {high}"
-            raise ValueError(f"`{name}` must be {limits}. Received: {name}={value!r}")
+    check_positive(shorter_side=shorter_side, quality=quality, videos_per_shard=videos_per_shard)
+    if quality > 100:
+        raise ValueError(f"`quality` must be an integer from 1 to 100. Received: quality={quality}")
+    if num_parallel_calls is not None:
+        check_positive(num_parallel_calls=num_parallel_calls)
     if on_error not in ("skip", "raise"):
         raise ValueError(f'`on_error` must be "skip" or "raise". Received: on_error={on_error!r}')
     out = _directory(out)
@@ -263,10 +261,10 @@ class _Encoder:
 
 def _write_shard(out, file, videos, encoder, encode, on_error):
     """Writes one shard and returns what the index says of it."""
-    path, partial = _join(out, file), _join(out, file + ".partial")
+    path = _join(out, file)
     entries, skipped, position = [], {}, 0
     source_bytes = encoder.file_sizes(videos)
-    with tf.io.TFRecordWriter(partial) as writer:
+    with _whole(path) as scratch, tf.io.TFRecordWriter(scratch) as writer:
         for video, result in zip(videos, encode(videos), strict=True):
             if isinstance(result, VideoError):
                 _skip(result, on_error)
@@ -277,7 +275,6 @@ def _write_shard(out, file, videos, encoder, encode, on_error):
             for record in records:
                 writer.write(record)
                 position += len(record) + _AROUND_BYTES
-    tf.io.gfile.rename(partial, path, overwrite=True)
     shard = {
         "file": file,
         "bytes": position,
@@ -814,7 +811,16 @@ def _read_json(path):
 
 
 def _write_json(path, content):
-    """The file appears under its name only when it is complete."""
-    with tf.io.gfile.GFile(path + ".partial", "w") as file:
+    with _whole(path) as scratch, tf.io.gfile.GFile(scratch, "w") as file:
         file.write(json.dumps(content, separators=(",", ":")) + "\n")
-    tf.io.gfile.rename(path + ".partial", path, overwrite=True)
+
+
+@contextlib.contextmanager
+def _whole(path):
+    """A name beside `path` that becomes `path` once the block has written it, on any file system.
+
+    It is always the same: what a failure leaves is written over by the next try.
+    """
+    scratch = path + ".partial"
+    yield scratch
+    tf.io.gfile.rename(scratch, path, overwrite=True)
