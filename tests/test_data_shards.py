@@ -549,14 +549,6 @@ def test_only_the_seed_counts(index):
     assert passes[0][0] != passes[0][1]
 
 
-def test_a_replaced_video_is_another(tmp_path):
-    annotations = make_videos(tmp_path / "videos", count=2)
-    write_shards(annotations, tmp_path / "shards", 36, verbose=False)
-    encode(annotations.paths[0], grey_frames(30, 64, 90))
-    with pytest.raises(ValueError, match="shards of the same videos"):
-        write_shards(annotations, tmp_path / "shards", 36, verbose=False)
-
-
 def test_order(index):
     everything = list(range(10))
     assert numbers_of(shard_source(index, None, SMALL, False, 0)) == everything
