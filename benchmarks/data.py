@@ -349,31 +349,11 @@ def fingerprint():
 
 def parse(arguments=None):
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--out", type=pathlib.Path, help="default: benchmarks/results, with --quick results-quick")
+    layers.add_options(parser, "data.json", pipelines.PIPELINES, tiny="tiny videos", report="the table", timeout=600.0)
     parser.add_argument("--videos", type=pathlib.Path, help="where the videos are made (default: a temporary folder)")
-    parser.add_argument(
-        "--peers",
-        type=lambda text: tuple(text.split(",")),
-        default=tuple(pipelines.PIPELINES),
-        metavar="A,B",
-        help=", ".join(pipelines.PIPELINES),
-    )
     parser.add_argument("--threads", type=int, default=os.cpu_count(), help="of everything but the decoding")
-    parser.add_argument("--timeout", type=float, default=600.0, help="seconds a run may take")
-    parser.add_argument("--memory-limit", type=float, default=18.0, help="GiB a process may hold")
-    parser.add_argument("--quick", action="store_true", help="tiny videos: shows that it works, measures nothing")
-    parser.add_argument("--fresh", action="store_true", help="forget what is in data.json")
-    parser.add_argument("--report", action="store_true", help="measure nothing, write the table of data.json")
-    parser.add_argument("--verbose", action="store_true", help="show what the workers print")
-    parser.add_argument("--worker", help=argparse.SUPPRESS)
-    options = parser.parse_args(arguments)
-    options.start_timeout = 300.0
+    options = layers.parse_options(parser, pipelines.PIPELINES, arguments)
     options.plan = QUICK if options.quick else FULL
-    options.peers = ("ours", *(peer for peer in options.peers if peer != "ours"))
-    if set(options.peers) - set(pipelines.PIPELINES):
-        parser.error(f"--peers must be some of {', '.join(pipelines.PIPELINES)}. Received: {','.join(options.peers)}")
-    if options.out is None:
-        options.out = ROOT / "benchmarks" / ("results-quick" if options.quick else "results")
     return options
 
 

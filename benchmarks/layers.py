@@ -269,29 +269,43 @@ def log(text):
     print(text, file=sys.stderr, flush=True)
 
 
-def parse(arguments=None):
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    names = dict(type=lambda text: tuple(text.split(",")), metavar="A,B")
+def names(text):
+    return tuple(text.split(","))
+
+
+def add_options(parser, results, known_peers, tiny, report, timeout):
+    """The options of every benchmark of `known_peers`, whose results are in the file `results`."""
     parser.add_argument("--out", type=pathlib.Path, help="default: benchmarks/results, with --quick results-quick")
-    parser.add_argument("--cases", default=(), help="sizes by how their names begin: res2, res3, res4, growth", **names)
-    parser.add_argument("--pairwise", default=(), help="pairwise functions", **names)
-    parser.add_argument("--peers", default=tuple(peers.PEERS), help=", ".join(peers.PEERS), **names)
-    parser.add_argument("--threads", type=int, default=os.cpu_count())
-    parser.add_argument("--timeout", type=float, default=120.0, help="seconds a run may take")
+    parser.add_argument("--peers", type=names, default=tuple(known_peers), metavar="A,B", help=", ".join(known_peers))
+    parser.add_argument("--timeout", type=float, default=timeout, help="seconds a run may take")
     parser.add_argument("--memory-limit", type=float, default=18.0, help="GiB a process may hold")
-    parser.add_argument("--quick", action="store_true", help="tiny maps: shows that it works, measures nothing")
-    parser.add_argument("--fresh", action="store_true", help="forget what is in layers.json")
-    parser.add_argument("--report", action="store_true", help="measure nothing, write table and plot of layers.json")
+    parser.add_argument("--quick", action="store_true", help=f"{tiny}: shows that it works, measures nothing")
+    parser.add_argument("--fresh", action="store_true", help=f"forget what is in {results}")
+    parser.add_argument("--report", action="store_true", help=f"measure nothing, write {report} of {results}")
     parser.add_argument("--verbose", action="store_true", help="show what the workers print")
     parser.add_argument("--worker", help=argparse.SUPPRESS)
+
+
+def parse_options(parser, known_peers, arguments):
+    """The options, those that were left out filled in; ours is always the first peer."""
     options = parser.parse_args(arguments)
     options.start_timeout = 300.0
     options.peers = ("ours", *(peer for peer in options.peers if peer != "ours"))
-    if set(options.peers) - set(peers.PEERS):
-        parser.error(f"--peers must be some of {', '.join(peers.PEERS)}. Received: {','.join(options.peers)}")
+    if set(options.peers) - set(known_peers):
+        parser.error(f"--peers must be some of {', '.join(known_peers)}. Received: {','.join(options.peers)}")
     if options.out is None:
         options.out = ROOT / "benchmarks" / ("results-quick" if options.quick else "results")
     return options
+
+
+def parse(arguments=None):
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    add_options(parser, "layers.json", peers.PEERS, tiny="tiny maps", report="table and plot", timeout=120.0)
+    sizes = "sizes by how their names begin: res2, res3, res4, growth"
+    parser.add_argument("--cases", type=names, default=(), metavar="A,B", help=sizes)
+    parser.add_argument("--pairwise", type=names, default=(), metavar="A,B", help="pairwise functions")
+    parser.add_argument("--threads", type=int, default=os.cpu_count())
+    return parse_options(parser, peers.PEERS, arguments)
 
 
 def main(arguments=None):

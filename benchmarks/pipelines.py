@@ -216,7 +216,7 @@ def check(pipeline, clip, batches):
     for batch in batches:
         batch = np.asarray(batch)
         if batch.shape[1:] != shape or batch.dtype != np.float32:
-            raise ValueError(f"expected float32 clips of {shape}, got {batch.dtype} of {batch.shape[1:]}")
+            raise ValueError(f"Expected float32 clips of {shape}. Received: {batch.dtype} of {batch.shape[1:]}")
         levels = (batch * STD + MEAN).mean((2, 3, 4))
         steps += ((levels[:, -1] - levels[:, 0]) / (clip["num_frames"] - 1)).tolist()
     expected = clip["frame_stride"]
@@ -224,7 +224,7 @@ def check(pipeline, clip, batches):
         expected = (clip["num_frames"] * clip["frame_stride"] - 1) / (clip["num_frames"] - 1)
     # Levels are stored as integers, and not all 256 of them: the first and the last may each be one off.
     if not np.allclose(steps, expected, rtol=0, atol=2.5 / (clip["num_frames"] - 1)):
-        raise ValueError(f"expected frames {expected:.2f} apart, got {np.round(steps, 2).tolist()}")
+        raise ValueError(f"Expected frames {expected:.2f} apart. Received: {np.round(steps, 2).tolist()}")
 
 
 # The process
@@ -325,7 +325,10 @@ def waiting(begins, ends, arrivals, batch_size):
     steps = range(1, len(ends))
     waits = [arrivals[step] - begins[step] for step in steps]
     if min(waits, default=-1) < 0:
-        raise ValueError("batches arrived before the model asked for them, so that its waiting cannot be told")
+        raise ValueError(
+            "Batches must arrive after the model asked for them, or its waiting cannot be told. "
+            f"Received: {min(waits, default=None)} seconds after"
+        )
     seconds = ends[-1] - begins[1]
     return {"share": sum(waits) / seconds, "clips_per_second": len(waits) * batch_size / seconds, "steps": len(waits)}
 

@@ -12,11 +12,11 @@ import os
 import pathlib
 import re
 import sys
-import tempfile
 import warnings
 
 from keras_nonlocal.applications.resnet import NETWORKS
 from keras_nonlocal.data.annotations import FORMATS, SPLITS
+from keras_nonlocal.data.files import whole_file
 from keras_nonlocal.data.sampling import SAMPLERS
 from keras_nonlocal.evaluation import VIEW_REDUCTIONS
 from keras_nonlocal.ops import PAIRWISE
@@ -51,7 +51,7 @@ def main(argv=None):
 
 def _train(args):
     out = pathlib.Path(args.out)
-    _check_out(out, args.overwrite)
+    _check_out(out, args.overwrite, ".keras")
 
     import keras
 
@@ -103,7 +103,7 @@ def _train(args):
         # The dataset shuffles itself; Keras would warn that it cannot.
         model.fit(normalised(training), validation_data=normalised(validation), epochs=args.epochs, shuffle=False)
         settings = {name: vars(args).get(name) for name in SETTINGS} | {"class_names": class_names}
-        with _scratch(out) as scratch:
+        with whole_file(out) as scratch:
             model.save(scratch)
             _write_text(_settings_path(out), json.dumps(settings, indent=2) + "\n")
     print(report.summary())
@@ -128,6 +128,7 @@ def _evaluate(args):
         dataset = video_dataset_from_directory(
             args.data,
             class_names=classifier.class_names,  # in the order of the scores; a folder that is missing is an error
+            with_paths=True,
             # Whole frames have the sizes of their videos.
             batch_size=1 if args.fully_convolutional else max(args.batch_size // (num_clips * num_crops), 1),
             **_annotations(args),
@@ -188,8 +189,7 @@ def _predict(args):
 
 
 def _inspect(args):
-    if not args.out.endswith(".png"):
-        raise _BadInput(f"--out must end with .png. Received: --out {args.out}")
+    _check_out(pathlib.Path(args.out), args.overwrite, ".png")
 
     from keras_nonlocal.data import inspect_videos
 
@@ -231,7 +231,10 @@ def _convert(args):
 
 def _shard(args):
     if (args.verify is None) == (args.out is None) or (args.verify is not None and args.data is not None):
-        raise _BadInput("give either DATA and OUT or --verify OUT")
+        raise _BadInput(
+            "give either DATA and OUT or --verify OUT. "
+            f"Received: DATA={args.data!r}, OUT={args.out!r}, --verify {args.verify}"
+        )
 
     from keras_nonlocal.data.annotations import read_annotations
     from keras_nonlocal.data.shards import read_index, verify_shards, write_shards
@@ -448,32 +451,19 @@ def _reported_as_bad_input():
         raise _BadInput(reason.group()) from error
 
 
-def _check_out(out, overwrite):
-    """Before the training, not after it."""
-    if out.suffix != ".keras":
-        raise _BadInput(f"--out must end with .keras. Received: --out {out}")
+def _check_out(out, overwrite, suffix):
+    """Before the work, not after it."""
+    if out.suffix != suffix:
+        raise _BadInput(f"--out must end with {suffix}. Received: --out {out}")
     if out.exists() and not overwrite:
         raise _BadInput(f"--out exists; --overwrite replaces it. Received: --out {out}")
     if out.is_dir() or not os.access(out.parent, os.W_OK):
         raise _BadInput(f"--out must be a file in a folder that can be written to. Received: --out {out}")
 
 
-@contextlib.contextmanager
-def _scratch(path):
-    """A name beside `path` that becomes `path` when it is written: readers see whole files only."""
-    folder = pathlib.Path(tempfile.mkdtemp(prefix=f".{path.name}-", dir=path.parent))
-    scratch = folder / path.name
-    try:
-        yield scratch
-        os.replace(scratch, path)
-    finally:
-        scratch.unlink(missing_ok=True)
-        folder.rmdir()
-
-
 def _write_text(path, text):
-    with _scratch(path) as scratch:
-        scratch.write_text(text, encoding="utf-8")
+    with whole_file(path) as scratch:
+        pathlib.Path(scratch).write_text(text, encoding="utf-8")
 
 
 # Options
@@ -557,7 +547,7 @@ def _parser():
     _views(predict, clips=1, crops=1)
 
     inspect = _command(commands, "inspect", _inspect, "says what a collection of videos holds and draws training clips")
-    inspect.add_argument("data", metavar="DATA", help="folder of the videos")
+    inspect.add_argument("data", metavar="DATA", help=data_help)
     _annotation_options(inspect)
     inspect.add_argument(
         "--out",
@@ -565,6 +555,7 @@ def _parser():
         metavar="SHEET.png",
         help="contact sheet to write, a row a clip (default: %(default)s)",
     )
+    inspect.add_argument("--overwrite", action="store_true", help="replace --out if it exists")
     inspect.add_argument(
         "--clips", type=_positive, default=12, metavar="N", help="clips on the contact sheet (default: %(default)s)"
     )

@@ -228,8 +228,9 @@ def evaluate_views(
             paper's protocol these are probabilities, not logits.
         dataset: Iterable of `(views, labels)`, or of `(views, labels, names)` with the names of the videos: views of
             shape `(batch, views, frames, height, width, 3)`, such as
-            `keras_nonlocal.data.video_dataset_from_directory(..., views=(10, 3))` yields. Labels are integers of shape
-            `(batch,)`, or 0 and 1 of shape `(batch, classes)` where a video has several classes or none.
+            `keras_nonlocal.data.video_dataset_from_directory(..., views=(10, 3), with_paths=True)` yields. Labels are
+            integers of shape `(batch,)`, or 0 and 1 of shape `(batch, classes)` where a video has several classes or
+            none.
         num_clips: Integer, how many clips of each video the dataset must hold, with `num_crops`; the paper's protocol
             is 10 and 3. The dataset makes the views, this only makes sure of them. `None`: whatever it holds.
         num_crops: Integer, the crops of each clip.
@@ -239,8 +240,8 @@ def evaluate_views(
         class_names: List of the names of the classes. `None`: those of the dataset, if it has one for each score.
         view_batch_size: Number of views that pass through the model at a time.
         resume: Path of a file that keeps the scores of every video as they come, a line each. If it exists, videos
-            that are in it do not pass through the model again, whatever their order: they are known by their pixels.
-            The first of them does, to see that it is the same model.
+            that are in it do not pass through the model again, whatever their order: they are known by their pixels,
+            for which the dataset decodes them again. The first of them does, to see that it is the same model.
         verbose: `0` for silence, else a progress bar; `"auto"` is a progress bar.
 
     Returns:

@@ -1,6 +1,7 @@
 """The arithmetic of the benchmark of input pipelines on made-up results, and the whole of it on tiny videos."""
 
 import json
+import os
 import pathlib
 import subprocess
 import sys
@@ -12,6 +13,7 @@ ROOT = pathlib.Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "benchmarks"))
 
 import data  # noqa: E402
+import layers  # noqa: E402
 import pipelines  # noqa: E402
 
 
@@ -67,7 +69,7 @@ def test_waiting_is_from_the_begin_of_a_step_to_its_batch():
     begins, ends = [0, 10, 20, 30], [9, 19, 30]  # the last begin finds the end of the data
     found = pipelines.waiting(begins, ends, arrivals=[5, 11, 23], batch_size=4)
     assert found == {"share": (1 + 3) / 20, "clips_per_second": 8 / 20, "steps": 2}
-    with pytest.raises(ValueError, match="before the model asked"):
+    with pytest.raises(ValueError, match="must arrive after the model asked .* Received: -1 seconds after"):
         pipelines.waiting(begins, ends, arrivals=[5, 9, 23], batch_size=4)
 
 
@@ -81,10 +83,21 @@ def test_the_check_reads_the_distance_of_frames():
     pipelines.check("ours", clip, batches(8))
     pipelines.check("pytorchvideo", clip, batches(31 / 3))
     for pipeline, stride in (("ours", 31 / 3), ("ours", 7), ("pytorchvideo", 8)):
-        with pytest.raises(ValueError, match="apart, got"):
+        with pytest.raises(ValueError, match=r"apart\. Received: \["):
             pipelines.check(pipeline, clip, batches(stride))
-    with pytest.raises(ValueError, match=r"expected float32 clips of \(4, 6, 6, 3\), got uint8"):
+    with pytest.raises(ValueError, match=r"Expected float32 clips of \(4, 6, 6, 3\)\. Received: uint8"):
         pipelines.check("ours", clip, [np.zeros((2, 4, 6, 6, 3), "uint8")])
+
+
+def test_options_of_both_benchmarks(capsys):
+    for benchmark, timeout, known in ((data, 600.0, pipelines.PIPELINES), (layers, 120.0, layers.peers.PEERS)):
+        options = benchmark.parse(["--peers", list(known)[-1]])
+        assert options.peers == ("ours", list(known)[-1]) and options.timeout == timeout
+        assert options.out == ROOT / "benchmarks" / "results" and options.threads == os.cpu_count()
+        assert benchmark.parse(["--quick"]).out == ROOT / "benchmarks" / "results-quick"
+        with pytest.raises(SystemExit):
+            benchmark.parse(["--peers", "nobody"])
+        assert f"must be some of {', '.join(known)}. Received: ours,nobody" in capsys.readouterr().err
 
 
 def test_our_pipelines(tmp_path):

@@ -179,6 +179,8 @@ def test_evaluate_saves_and_resumes(trained, exported, videos, tmp_path, monkeyp
     assert main(["evaluate", str(trained), str(videos), *options, "--out", str(tmp_path / "out")]) == 0
     printed = capsys.readouterr().out
     assert f"Wrote {tmp_path}/out/summary.json, {tmp_path}/out/per_class.csv, " in printed
+    _, *rows = map(json.loads, (tmp_path / "scores.jsonl").read_text().splitlines())
+    assert sorted(row["name"] for row in rows) == sorted(map(str, videos.rglob("*.mp4")))
     assert json.loads((tmp_path / "out" / "summary.json").read_text())["top_1"] == 1.0
     with open(tmp_path / "out" / "confusion.csv", newline="") as file:
         assert list(csv.reader(file)) == [["true \\ predicted", "blue", "red"], ["blue", "4", "0"], ["red", "0", "4"]]

@@ -71,6 +71,34 @@ def test_kinetics_splits(disk, split, expected):
     assert result.class_names == ("x", "y", "z")  # of all splits: they share their numbers
 
 
+def test_spaces_in_the_header(disk):
+    disk.videos("a.mp4", "b.mp4")
+    result = disk.read("k.csv", "label, youtube_id , split\nx,a,train\ny, b , val \n", split="val")
+    assert disk.names(result) == ["b.mp4"] and result.skipped == []
+
+
+def test_wrong_rows_of_other_splits_are_nobodys_business(disk, caplog):
+    disk.videos("a.mp4", "b.mp4")
+    rows = ["x,a,0,1,train", "x,gone,0,1,val", "x,b,zero,1,val", ",b,0,1,val", "x,a,0,1,val", "x,gone,0,1,train"]
+    rows += ["x,b,one,1,Train", "x,b,0,1", "x,b,zero,1,"]
+    text = "\n".join(["label,youtube_id,time_start,time_end,split", *rows])
+    with caplog.at_level(logging.WARNING, logger="keras_nonlocal"):
+        result = disk.read("k.csv", text, split="train")
+    assert disk.names(result) == ["a.mp4"] and len(caplog.records) == 4
+    assert [message.split("line ")[1].split(". Received")[0] for message in result.skipped] == [
+        f"7: the video is not in {disk.path}",
+        "8: the times must be whole seconds",
+        "9: the row does not say its split",
+        "10: the times must be whole seconds",
+    ]
+    good = "\n".join(["label,youtube_id,time_start,time_end,split", *rows[:5]])
+    assert disk.names(disk.read("k.csv", good, split="train", on_error="raise")) == ["a.mp4"]
+    with pytest.raises(
+        ValueError, match=r"1 are wrong, the first: .*line 2: the row does not say its split.*splits \[\]"
+    ):
+        disk.read("k.csv", "label,youtube_id\nx,a\n", split="train")
+
+
 def test_kinetics_takes_the_file_in_the_folder_of_the_label(disk):
     disk.videos(
         "other/id.mp4", "a b/id.mp4", "id.mp4", "other/id2.mp4", "id2.mp4", "z/id3.mp4", "y/id3_000001_000002.mp4"

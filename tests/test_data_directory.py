@@ -5,6 +5,7 @@ import logging
 import os
 import re
 import shutil
+import threading
 import time
 
 import av
@@ -385,8 +386,60 @@ def test_workers_share_every_pass(levels):
         assert sorted(sum(shares, [])) == list(range(40))
         passes.append(shares)
     assert set(passes[0][0]) != set(passes[1][0])  # another share in each pass
+    for dataset, share in zip(datasets, passes[0], strict=True):
+        assert sorted(int(os.path.basename(path)[:2]) for path in dataset.file_paths) == sorted(share)
     with pytest.raises(ValueError, match=r"a video for each shard, of 40 videos\. Received: shard=\(41, 40\)"):
         video_dataset_from_directory(levels, shard=(41, 40), **SMALL)
+
+
+@pytest.mark.parametrize("arguments", [{"shuffle": False}, {"reshuffle_each_iteration": False}, {"is_sharded": True}])
+def test_the_files_of_a_worker(levels, shard_folder, arguments):
+    """Where the shares stay, `file_paths` are those of each pass."""
+    arguments = dict(arguments)
+    directory = shard_folder if arguments.pop("is_sharded", False) else levels
+    everything = []
+    for index in range(3):
+        dataset = video_dataset_from_directory(directory, shard=(3, index), seed=5, **arguments, **SMALL)
+        files = [int(os.path.basename(path)[:2]) for path in dataset.file_paths]
+        for _ in range(2):
+            assert sorted(read_greys(collect(dataset)[0][:, 0])) == sorted(files)
+        everything += files
+    assert sorted(everything) == list(range(40))
+
+
+@pytest.mark.parametrize("labels", ["inferred", None])
+def test_paths_come_with_the_clips(partly_broken, labels):
+    folder, broken = partly_broken
+    dataset = video_dataset_from_directory(folder, labels=labels, with_paths=True, batch_size=3, seed=0, **SMALL)
+    assert len(dataset.element_spec) == (2 if labels is None else 3)
+    assert dataset.element_spec[-1] == tf.TensorSpec((None,), tf.string)
+    found = []
+    for clips, *_, paths in dataset.as_numpy_iterator():
+        levels = read_greys(clips[:, 0])
+        assert [path.decode() for path in paths] == [f"{folder}/{'ab'[level % 2]}/{level:02}.mp4" for level in levels]
+        found += levels
+    assert sorted(found) == sorted(set(range(40)) - set(broken))
+
+
+@pytest.mark.parametrize("on_error", ["skip", "black"])
+def test_a_shard_that_vanishes_during_a_pass(shard_folder, tmp_path, on_error):
+    """The clips that were not read yet are broken; the pass ends all the same."""
+    shutil.copytree(shard_folder, tmp_path / "shards")
+    dataset = video_dataset_from_directory(
+        tmp_path / "shards", on_error=on_error, with_paths=True, seed=0, **{**SMALL, "batch_size": None}
+    )
+    elements = dataset.as_numpy_iterator()
+    shown = [next(elements)]
+    for file in (tmp_path / "shards").glob("*.tfrecord"):
+        file.unlink()
+    shown += elements
+    read = [path.decode() for clip, _, path in shown if clip.any()]
+    assert [read_greys(clip[:1]) for clip, _, _ in shown if clip.any()] == [[int(path[2:4])] for path in read]
+    broken = dataset.report.broken
+    assert 1 <= len(read) < 40 and set(read) | set(broken) == set(dataset.file_paths) and not set(read) & set(broken)
+    assert len(shown) == (len(read) if on_error == "skip" else 40)
+    for path, message in broken.items():
+        assert message.startswith(f"Cannot decode {path}: its records in videos-0000")
 
 
 def test_reshuffle_each_iteration(levels, folder):
@@ -550,16 +603,28 @@ def test_repeat_and_take_and_fit(partly_broken):
     assert np.all(np.isfinite(history.history["loss"]))
 
 
-def test_report_is_safe_under_threads():
-    report = DecodeReport()
+class SlowPath(str):
+    """Another thread runs whenever a set or a dict looks it up."""
 
-    def add(number):
-        report.add_good(f"{number % 100}.mp4")
-        report.add_broken(f"{number % 50}.avi", "Cannot decode it")
+    def __hash__(self):
+        time.sleep(0.02)
+        return super().__hash__()
 
-    with concurrent.futures.ThreadPoolExecutor(8) as pool:
-        list(pool.map(add, range(5000)))
-    assert report.num_good == 100 and len(report.broken) == 50
+
+def test_report_is_safe_under_threads(caplog):
+    """Threads that find a video broken at the same time log it once."""
+    report, path = DecodeReport(), SlowPath("a.mp4")
+    start = threading.Barrier(8)
+
+    def add(_):
+        start.wait(60)
+        report.add_broken(path, "Cannot decode a.mp4: End of file")
+
+    with caplog.at_level(logging.WARNING, logger="keras_nonlocal"), concurrent.futures.ThreadPoolExecutor(8) as pool:
+        list(pool.map(add, range(8)))
+    assert [record.getMessage() for record in caplog.records] == [
+        "Skipped a broken video. Cannot decode a.mp4: End of file"
+    ]
 
 
 def test_report_summaries():
@@ -589,6 +654,10 @@ def test_extensions_nested_folders_and_links(tmp_path):
     [
         ({"labels": "infer"}, r"`labels` must be .* Received: labels='infer'"),
         ({"labels": [0] * 39}, r"each of the 40 videos\. Received: len\(labels\)=39"),
+        ({"labels": [0] * 39 + [0.9]}, r"`labels` must be integers of 32 bits\. Received: 0\.9 in labels"),
+        ({"labels": [2**31] * 40}, r"`labels` must be integers of 32 bits\. Received: 2147483648 in labels"),
+        ({"labels": ["1"] * 40}, r"`labels` must be integers of 32 bits\. Received: '1' in labels"),
+        ({"class_names": []}, r"must name at least one class\. Received: class_names=\[\]"),
         ({"labels": [1] * 20 + [2] * 20, "label_mode": "categorical"},
          r"in \[0, 2\), the number of classes, .* Received: labels from 1 to 2"),
         ({"label_mode": "integer"}, r"`label_mode` must .* Received: label_mode='integer'"),
@@ -621,6 +690,9 @@ def test_extensions_nested_folders_and_links(tmp_path):
         ({"shard": (2, 0), "service": "grpc://x"}, r"Received: shard=\(2, 0\), service='grpc://x'"),
         ({"service": "grpc://x:1"}, r"by `keras-nonlocal shard DATA OUT`\. Received: service='grpc://x:1'"),
         ({"on_error": "ignore"}, r"Received: on_error='ignore'"),
+        ({"seed": -1}, r"`seed` must be an integer from 0 to 2\*\*32 - 1\. Received: seed=-1"),
+        ({"seed": 2**32}, r"2\*\*32 - 1\. Received: seed=4294967296"),
+        ({"seed": 1.5}, r"2\*\*32 - 1\. Received: seed=1\.5"),
     ],
 )  # fmt: skip
 def test_guards(levels, arguments, message):
@@ -633,6 +705,10 @@ def test_guards(levels, arguments, message):
     [
         ({"annotations": "list.txt"}, r"`annotations` cannot be .* labels\. Received: annotations='list.txt'"),
         ({"labels": [1]}, r'must be "inferred" or None with shards'),
+        ({"follow_links": True}, r"`follow_links` cannot be passed with shards.* Received: follow_links=True"),
+        ({"seed": 2**70}, r"2\*\*32 - 1\. Received: seed=1180591620717411303424"),
+        ({"class_names": []}, r"which have \['a', 'b'\]\. Received: class_names=\[\]"),
+        ({"class_names": ["a", "a"]}, r"which have \['a', 'b'\]\. Received: class_names=\['a', 'a'\]"),
         ({"class_names": ["a", "c"]}, r"which have \['a', 'b'\]\. Received: class_names=\['a', 'c'\]"),
         ({"class_names": ["a"], "labels": None}, r"Received: labels=None, class_names=\['a'\]"),
     ],

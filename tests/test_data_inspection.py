@@ -1,12 +1,16 @@
 """The table against files whose lengths, rates and sizes are known; the contact sheet pixel by pixel."""
 
+import dataclasses
+import shutil
+
 import numpy as np
 import pytest
 from PIL import Image
 
 from keras_nonlocal import cli
-from keras_nonlocal.data import inspect_videos
+from keras_nonlocal.data import inspect_videos, read_annotations
 from keras_nonlocal.data.inspection import draw_contact_sheet
+from keras_nonlocal.data.shards import read_index, write_shards
 from tests.test_data_decode import packet_places
 from tests.video_files import BREAKERS, encode, grey_frames, numbered_frames, read_greys
 
@@ -172,10 +176,76 @@ def test_what_breaks_in_the_middle_is_broken_when_the_sheet_needs_it(tmp_path):
     assert len(cells(sheet, 4)) == 1
 
 
+@pytest.fixture(scope="module")
+def shard_folder(directory, tmp_path_factory):
+    out = tmp_path_factory.mktemp("shards")
+    write_shards(read_annotations(directory), out, quality=95, videos_per_shard=1, verbose=False)
+    return out
+
+
+def relative(paths, directory):
+    return [path.removeprefix(f"{directory}/") for path in paths]
+
+
+def test_shards_tell_what_their_videos_tell(directory, shard_folder, tmp_path):
+    of_videos, (found, sheet) = inspect_videos(directory), sheet_of(shard_folder, tmp_path / "sheet.png")
+    assert found.facts.keys() == set(relative(of_videos.facts, directory))
+    for path, fact in of_videos.facts.items():
+        same = found.facts[path.removeprefix(f"{directory}/")]
+        assert (same.num_frames, same.size) == (fact.num_frames, fact.size)
+        assert (same.duration, same.fps) == pytest.approx((fact.duration, fact.fps), rel=1e-5)
+    assert {name: sorted(paths) for name, paths in found.classes.items()} == {
+        name: relative(paths, directory) for name, paths in of_videos.classes.items()
+    }
+    assert {f"{directory}/{path}": message for path, message in found.broken.items()} == of_videos.broken
+    assert found.summary().splitlines()[:7] == of_videos.summary().splitlines()[:7]
+    shown = cells(sheet, 4)
+    assert len(shown) == 5
+    lengths = [found.facts[path].num_frames for paths in found.classes.values() for path in sorted(paths)]
+    for row, length in zip(shown, lengths, strict=True):
+        numbers = read_greys(row)
+        assert numbers == [(numbers[0] + 3 * n) % length for n in range(4)]
+    again = sheet_of(shard_folder, tmp_path / "again.png")[1]
+    np.testing.assert_array_equal(np.asarray(again), np.asarray(sheet))
+
+
+def test_damaged_shards(shard_folder, tmp_path):
+    """A damaged head is found at once, a damaged frame where the sheet needs it."""
+    shutil.copytree(shard_folder, tmp_path / "shards")
+    index = read_index(tmp_path / "shards")
+    files = dict(zip(index.paths, (tmp_path / "shards" / index.files[n] for n in index.file_numbers), strict=True))
+    for path, position in (("long/a.mp4", 30), ("short/e.gif", -20)):
+        content = bytearray(files[path].read_bytes())
+        content[position] ^= 255
+        files[path].write_bytes(content)
+    found = inspect_videos(tmp_path / "shards")
+    message = f"Cannot decode long/a.mp4: its records in {files['long/a.mp4'].name} from byte 0 on are damaged"
+    assert found.broken["long/a.mp4"] == message and len(found.broken) == 6 and "short/e.gif" in found.facts
+    found, sheet = sheet_of(tmp_path / "shards", tmp_path / "sheet.png")
+    assert "short/e.gif" in found.broken and len(found.broken) == 7 and len(cells(sheet, 4)) == 3
+
+
+def test_shards_without_class_names(directory, tmp_path):
+    videos = read_annotations(directory / "long", labels=None)
+    hot = np.array([[1, 0, 1], [0, 0, 1], [0, 0, 0]], "float32")
+    for labels, expected in ((None, {"all": "abc"}), (hot, {"0": "a", "1": "", "2": "ab"})):
+        out = tmp_path / ("none" if labels is None else "several")
+        write_shards(dataclasses.replace(videos, labels=labels), out, verbose=False)
+        classes = inspect_videos(out).classes
+        assert {name: "".join(sorted(path[0] for path in paths)) for name, paths in classes.items()} == expected
+
+
+def test_shards_have_their_labels(shard_folder):
+    message = "`annotation_format` cannot be passed with shards.* Received: annotation_format='list'"
+    with pytest.raises(ValueError, match=message):
+        inspect_videos(shard_folder, annotation_format="list")
+
+
 @pytest.mark.parametrize(
     "options, message",
     [
-        ({"num_clips": 0}, "`num_clips` must be at least 1. Received: num_clips=0"),
+        ({"num_clips": 0}, "`num_clips` must be a positive integer. Received: num_clips=0"),
+        ({"seed": -1}, r"`seed` must be an integer from 0 to .* Received: seed=-1"),
         ({"image_size": 300}, r"not be larger than `shorter_side`.* Received: image_size=\(300, 300\)"),
         ({"sampling": "odd"}, "Received: sampling='odd'"),
     ],
@@ -194,6 +264,12 @@ def test_command(directory, tmp_path, capsys):
     printed = capsys.readouterr().out
     expected, sheet = sheet_of(directory, tmp_path / "expected.png")
     assert printed == f"{expected.summary()}\nWrote {out}\n"
+    np.testing.assert_array_equal(np.asarray(Image.open(out)), np.asarray(sheet))
+    out.write_bytes(b"a picture of somebody's")
+    assert cli.main(["inspect", str(directory), "--out", str(out), *SMALL]) == 2
+    message = f"keras-nonlocal: error: --out exists; --overwrite replaces it. Received: --out {out}\n"
+    assert capsys.readouterr().err == message and out.read_bytes() == b"a picture of somebody's"
+    assert cli.main(["inspect", str(directory), "--out", str(out), "--overwrite", *SMALL]) == 0
     np.testing.assert_array_equal(np.asarray(Image.open(out)), np.asarray(sheet))
 
 

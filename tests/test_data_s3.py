@@ -77,6 +77,27 @@ def accepts(port):
         return client.connect_ex(("127.0.0.1", port)) == 0
 
 
+def wait_for(server, port, log, seconds=120):
+    deadline = time.monotonic() + seconds
+    while not accepts(port):
+        assert server.poll() is None and time.monotonic() < deadline, log.read_text()
+        time.sleep(0.1)
+
+
+def test_waiting_for_the_port_ends(tmp_path):
+    """A server that never listens is no reason to wait for ever, nor is one that has ended."""
+    (tmp_path / "log").write_text("says nothing")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))  # and does not listen
+        for code in ("import time; time.sleep(60)", ""):
+            with subprocess.Popen([sys.executable, "-S", "-c", code]) as server:
+                try:
+                    with pytest.raises(AssertionError, match="says nothing"):
+                        wait_for(server, free.getsockname()[1], tmp_path / "log", seconds=0.5 if code else 60)
+                finally:
+                    server.kill()
+
+
 def run_s3(python, folder):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -95,9 +116,7 @@ def run_s3(python, folder):
     command = [python, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)]
     with open(folder / "server.log", "w") as log, subprocess.Popen(command, stdout=log, stderr=log) as server:
         try:
-            while not accepts(port):
-                assert server.poll() is None, (folder / "server.log").read_text()
-                time.sleep(0.1)
+            wait_for(server, port, folder / "server.log")
             result = subprocess.run(
                 [python, "-c", SCRIPT, str(folder)], capture_output=True, text=True, env=environment, timeout=600
             )

@@ -258,11 +258,96 @@ def test_a_finished_directory_is_mended(annotations, tmp_path):
     assert verify_shards(tmp_path) == {} and (tmp_path / index.files[1]).read_bytes() == expected
 
 
+def count_decoded(monkeypatch):
+    """The list of the numbers of the videos that are decoded from now on, as they come."""
+    decoded, read_all = [], VideoReader.map_frames
+
+    def counted(reader, *args):
+        decoded.append(int(os.path.basename(reader.path)[:-4]))
+        return read_all(reader, *args)
+
+    monkeypatch.setattr(VideoReader, "map_frames", counted)
+    return decoded
+
+
+def test_a_repaired_video_joins_its_shard(tmp_path, monkeypatch, caplog):
+    """Whether its file has another size or is the same and can only now be read; other shards are left as they are."""
+    annotations = make_videos(tmp_path / "videos", broken=(2, 5, 6))
+    options = {"shorter_side": 16, "videos_per_shard": 1, "verbose": False}
+    index = write_shards(annotations, tmp_path / "shards", **options)
+    assert len(index.skipped) == 3
+    encode(annotations.paths[2], far_greys(10, 48, 64), options={"crf": "10"})
+    unreadable = annotations.paths[6]
+    encode(unreadable, far_greys(14, 48, 64), options={"crf": "10"})
+    repaired = open(unreadable, "rb").read()
+    with open(unreadable, "wb") as file:  # as many bytes before as after
+        file.write(b"?" * len(repaired))
+    index = write_shards(annotations, tmp_path / "shards", **options)
+    assert set(index.skipped) == {"two/5.mp4", "one/6.mp4"} and "one/2.mp4" in index.paths
+    with open(unreadable, "wb") as file:
+        file.write(repaired)
+    decoded = count_decoded(monkeypatch)
+    caplog.clear()
+    index = write_shards(annotations, tmp_path / "shards", **options)
+    assert set(index.skipped) == {"two/5.mp4"} and "one/6.mp4" in index.paths
+    assert set(decoded) <= {6}  # the others are there, the fifth does not even open
+    assert verify_shards(tmp_path / "shards") == {}
+    assert [record.getMessage().count("5.mp4") > 0 for record in caplog.records] == [True]
+    whole = write_shards(annotations, tmp_path / "whole", **options)
+    for file in ("shards.json", *whole.files):
+        assert (tmp_path / "shards" / file).read_bytes() == (tmp_path / "whole" / file).read_bytes()
+
+
+def test_a_replaced_video_is_written_anew(tmp_path, monkeypatch):
+    annotations = make_videos(tmp_path / "videos", count=4)
+    options = {"shorter_side": 16, "videos_per_shard": 1, "verbose": False}
+    write_shards(annotations, tmp_path / "shards", **options)
+    encode(annotations.paths[1], far_greys(17, 48, 64), options={"crf": "10"})
+    decoded = count_decoded(monkeypatch)
+    index = write_shards(annotations, tmp_path / "shards", **options)
+    assert decoded == [1] and index.num_frames[index.paths.index("two/1.mp4")] == 17
+
+
+def test_a_finished_directory_with_broken_videos_may_raise(tmp_path):
+    annotations = make_videos(tmp_path / "videos", count=4, broken=(1,))
+    index = write_shards(annotations, tmp_path / "shards", 16, verbose=False)
+    with pytest.raises(VideoError, match="Cannot decode .*1.mp4"):
+        write_shards(annotations, tmp_path / "shards", 16, on_error="raise", verbose=False)
+    assert read_index(tmp_path / "shards").paths == index.paths and verify_shards(tmp_path / "shards") == {}
+
+
+def test_no_index_while_shards_are_written_anew(tmp_path, monkeypatch):
+    """A reader would find other bytes than it says."""
+    annotations = make_videos(tmp_path / "videos", count=4)
+    options = {"shorter_side": 16, "videos_per_shard": 1, "verbose": False}
+    write_shards(annotations, tmp_path / "shards", **options)
+    for path in annotations.paths[1:3]:
+        encode(path, far_greys(17, 48, 64), options={"crf": "10"})
+    read_all, decoded = VideoReader.map_frames, []
+
+    def interrupted(reader, *args):
+        if decoded:
+            raise Interrupted
+        decoded.append(reader.path)
+        return read_all(reader, *args)
+
+    monkeypatch.setattr(VideoReader, "map_frames", interrupted)
+    with pytest.raises(Interrupted):
+        write_shards(annotations, tmp_path / "shards", **options)
+    assert not is_shards(tmp_path / "shards")
+    monkeypatch.setattr(VideoReader, "map_frames", lambda *args: decoded.append(args[0].path) or read_all(*args))
+    index = write_shards(annotations, tmp_path / "shards", **options)
+    assert sorted(decoded) == sorted(annotations.paths[1:3]) and sorted(index.num_frames) == [8, 11, 17, 17]
+
+
 def test_other_options_and_videos_are_errors(annotations, index):
-    with pytest.raises(ValueError, match="differs in options: .*'quality': 90.*Received: out="):
+    message = (
+        r"differs in options \(before \{.*'quality': 90.*, now .*'quality': 80.*or delete this one. Received: out="
+    )
+    with pytest.raises(ValueError, match=message):
         write_shards(annotations, index.directory, 36, quality=80, videos_per_shard=4)
     fewer = dataclasses.replace(annotations, paths=annotations.paths[1:], labels=annotations.labels[1:])
-    with pytest.raises(ValueError, match="differs in num_videos, videos: "):
+    with pytest.raises(ValueError, match=r"in num_videos \(before 10, now 9\), videos \(their paths or labels\)\. "):
         write_shards(fewer, index.directory, 36, videos_per_shard=4)
 
 
@@ -464,14 +549,6 @@ def test_only_the_seed_counts(index):
     assert passes[0][0] != passes[0][1]
 
 
-def test_a_replaced_video_is_another(tmp_path):
-    annotations = make_videos(tmp_path / "videos", count=2)
-    write_shards(annotations, tmp_path / "shards", 36, verbose=False)
-    encode(annotations.paths[0], grey_frames(30, 64, 90))
-    with pytest.raises(ValueError, match="shards of the same videos"):
-        write_shards(annotations, tmp_path / "shards", 36, verbose=False)
-
-
 def test_order(index):
     everything = list(range(10))
     assert numbers_of(shard_source(index, None, SMALL, False, 0)) == everything
@@ -535,7 +612,8 @@ def test_a_damaged_record_is_one_clip_less(annotations, tmp_path):
             np.testing.assert_array_equal(clip, expected[number])
         else:
             assert clip.shape == VIEWS.shape and not clip.any()
-            assert message == f"records of it in {index.files[0]} from byte {index.offsets[1]} on are damaged"
+            place = f"{index.files[0]} from byte {index.offsets[1]}"
+            assert message == f"Cannot decode {index.paths[1]}: its records in {place} on are damaged"
 
 
 def test_missing_and_cut_files(annotations, tmp_path):
@@ -595,4 +673,4 @@ def test_command(tmp_path, capsys):
     assert capsys.readouterr().err == f"{index.files[1]}: its content has changed\n"
     for arguments in (["shard"], ["shard", str(out)], ["shard", "--verify", str(out), "more"]):
         assert main(arguments) == 2
-        assert "either DATA and OUT or --verify OUT" in capsys.readouterr().err
+        assert "either DATA and OUT or --verify OUT. Received: DATA=" in capsys.readouterr().err

@@ -93,12 +93,10 @@ class Row:
     Attributes:
         videos: Tuple of names that the video's file may have, for the format's `find`.
         label: The class, as its number or its name; a tuple of names in a format with several; `None` if not given.
-        split: String, the split that the row is of.
     """
 
     videos: tuple
     label: int | str | tuple | None
-    split: str | None = None
 
 
 class WrongRow(ValueError):
@@ -117,7 +115,8 @@ class Format:
         class_names: Function `(source)` to the names of the classes, if the format says them; `None`: they are the
             labels in alphanumeric order, or the numbers up to the largest label.
         is_multi_label: Whether a video can have several labels.
-        has_splits: Whether rows say their split.
+        split: Function `(raw row)` to the split that the row is of, or `None` where it does not say so; `None` if
+            rows never do. It is called of wrong rows too.
     """
 
     fits: Callable
@@ -126,7 +125,7 @@ class Format:
     find: Callable
     class_names: Callable | None = None
     is_multi_label: bool = False
-    has_splits: bool = False
+    split: Callable | None = None
 
 
 def video_files(folder, follow_links=False):
@@ -187,6 +186,7 @@ def _csv_rows(source):
     with source.open() as file:
         reader = csv.DictReader(file)
         try:
+            reader.fieldnames = [name.strip() for name in reader.fieldnames or ()]
             for raw in reader:
                 yield reader.line_num, raw
         except csv.Error as error:
@@ -225,8 +225,11 @@ def _parse_kinetics(source, raw):
         if not (start.isdecimal() and end.isdecimal()):
             raise WrongRow(f"the times must be whole seconds. Received: time_start={start!r}, time_end={end!r}")
         videos = (f"{youtube_id}_{int(start):06d}_{int(end):06d}", youtube_id)
-    split = _column(raw, "split").lower() if "split" in raw else None
-    return Row(videos, (raw.get("label") or "").strip() or None, split)
+    return Row(videos, (raw.get("label") or "").strip() or None)
+
+
+def _kinetics_split(raw):
+    return (raw.get("split") or "").strip().lower() or None
 
 
 # "list": lines of a path and a number
@@ -352,7 +355,7 @@ FORMATS = {
         rows=_csv_rows,
         parse=_parse_kinetics,
         find=_by_stem,
-        has_splits=True,
+        split=_kinetics_split,
     ),
     "charades": Format(
         fits=_header_has("id", "actions"),
@@ -401,7 +404,8 @@ def read_annotations(
         directory: String or path-like, where the videos are.
         annotations: String or path-like, the annotation file. `None`: the format is `"directory"`.
         annotation_format: A name of the list above. `None`: it is seen from the file's first lines.
-        split: `"train"`, `"val"` or `"test"`, to take only these rows of a format with splits.
+        split: `"train"`, `"val"` or `"test"`, to take only these rows of a format with splits. Rows of other splits
+            are not reported, whatever is wrong with them.
         labels: `"inferred"` (as annotated), `None` (no labels), or, without `annotations`, a list of integer labels,
             one for each video in the alphanumeric order of their paths.
         class_names: List of strings, the classes in the order of their numbers. In a directory it chooses the folders.
@@ -434,6 +438,8 @@ def read_annotations(
                 f'`class_names` can only be passed with `labels="inferred"`. Received: class_names={class_names}'
             )
         class_names = tuple(class_names)
+        if not class_names:
+            raise ValueError("`class_names` must name at least one class. Received: class_names=[]")
         if len(set(class_names)) < len(class_names):
             raise ValueError(f"`class_names` must differ. Received: class_names={list(class_names)}")
     if annotations is None:
@@ -459,7 +465,7 @@ def read_annotations(
     chosen_format = FORMATS[annotation_format]
     if split is not None and split not in SPLITS:
         raise ValueError(f"`split` must be None or one of {sorted(SPLITS)}. Received: split={split!r}")
-    if split is not None and not chosen_format.has_splits:
+    if split is not None and chosen_format.split is None:
         raise ValueError(
             f"`split` needs a format with splits; {annotation_format!r} has none. Received: split={split!r}"
         )
@@ -478,6 +484,9 @@ def _unlabelled(directory, labels, follow_links):
         raise ValueError(
             f"`labels` must have one label for each of the {len(paths)} videos. Received: len(labels)={len(labels)}"
         )
+    for label in labels:
+        if not isinstance(label, (int, np.integer)) or isinstance(label, bool) or not -(2**31) <= label < 2**31:
+            raise ValueError(f"`labels` must be integers of 32 bits. Received: {label!r} in labels")
     return Annotations(tuple(paths), np.asarray(labels, "int32"), tuple(str(label) for label in sorted(set(labels))))
 
 
@@ -515,22 +524,25 @@ def _read(source, chosen_format, split, labels, on_error):
         source = dataclasses.replace(source, classes=tuple(chosen_format.class_names(source)))
     rows = []
     for place, raw in chosen_format.rows(source):
+        row_split = None if split is None else chosen_format.split(raw)
         try:
-            rows.append((place, chosen_format.parse(source, raw)))
+            rows.append((place, row_split, chosen_format.parse(source, raw)))
         except WrongRow as error:
-            rows.append((place, error))
-    good_rows = [row for _, row in rows if isinstance(row, Row)]
+            rows.append((place, row_split, error))
+    good_rows = [row for _, _, row in rows if isinstance(row, Row)]
     class_names = source.class_names or source.classes or _classes_seen(good_rows)
     numbers = {name: number for number, name in enumerate(class_names)}
 
     paths, found_labels, first_places = [], [], {}
-    for place, row in rows:
+    for place, row_split, row in rows:
+        if row_split is not None and row_split not in SPLITS[split]:
+            continue
         if isinstance(row, WrongRow):
             skip(place, row)
             continue
-        if split is not None and row.split not in SPLITS[split]:
-            continue
         try:
+            if split is not None and row_split is None:
+                raise WrongRow("the row does not say its split. Received: split=''")
             label = None if labels is None else _class_numbers(row.label, numbers)
             path = chosen_format.find(source, row)
             if path is None:
@@ -546,7 +558,7 @@ def _read(source, chosen_format, split, labels, on_error):
     if not paths:
         if source.path is None:
             _raise_no_videos(f"in the sub-directories {list(class_names)} of", source.directory)
-        splits = sorted({str(row.split) for row in good_rows})
+        splits = sorted({row_split for _, row_split, _ in rows if row_split is not None})
         raise ValueError(
             f"No row of the annotations can be used: {len(skipped)} are wrong"
             + (f", the first: {skipped[0]}" if skipped else "")

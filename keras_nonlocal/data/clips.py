@@ -106,6 +106,12 @@ def check_positive(**values):
             raise ValueError(f"`{name}` must be a positive integer. Received: {name}={value!r}")
 
 
+def check_seed(seed):
+    """Raises a `ValueError` unless it is a seed that all of NumPy's and TensorFlow's generators take."""
+    if not isinstance(seed, (int, np.integer)) or not 0 <= seed < 2**32:
+        raise ValueError(f"`seed` must be an integer from 0 to 2**32 - 1. Received: seed={seed!r}")
+
+
 def _is_positive_integer(value):
     return isinstance(value, (int, np.integer)) and not isinstance(value, bool) and value > 0
 

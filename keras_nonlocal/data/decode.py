@@ -16,13 +16,14 @@ import contextlib
 import os
 import re
 import struct
-import uuid
 from fractions import Fraction
 
 import av
 import numpy as np
 from av.video.reformatter import Interpolation, VideoReformatter
 from PIL import Image
+
+from .files import whole_file
 
 # What a broken file can make a decoder raise, apart from PyAV's own errors: a stream list that is
 # empty, a codec it does not know, a name the file system refuses; the last three are Pillow's.
@@ -453,24 +454,15 @@ def write_video(path, frames, fps=30, codec="libx264", options=None):
         )
     if frames.shape[1] % 2 or frames.shape[2] % 2:
         raise ValueError(f"The height and width of a video must be even. Received: frames of shape {frames.shape}")
-    path = os.fspath(path)
-    folder, name = os.path.split(path)
-    partial = os.path.join(folder, f".{uuid.uuid4().hex}.{name}")
-    try:
-        with av.open(partial, "w") as container:
-            stream = container.add_stream(
-                codec,
-                rate=Fraction(fps).limit_denominator(100_000),
-                options={"crf": "18"} if options is None else options,
-            )
-            stream.height, stream.width = frames.shape[1:3]
-            stream.pix_fmt = "yuv420p"
-            for image in frames:
-                frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(image), format="rgb24")
-                container.mux(stream.encode(frame))
-            container.mux(stream.encode())
-        os.replace(partial, path)
-    except BaseException:
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(partial)
-        raise
+    with whole_file(path) as scratch, av.open(scratch, "w") as container:
+        stream = container.add_stream(
+            codec,
+            rate=Fraction(fps).limit_denominator(100_000),
+            options={"crf": "18"} if options is None else options,
+        )
+        stream.height, stream.width = frames.shape[1:3]
+        stream.pix_fmt = "yuv420p"
+        for image in frames:
+            frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(image), format="rgb24")
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode())

@@ -13,7 +13,7 @@ import tensorflow as tf
 
 from . import shards
 from .annotations import Annotations, read_annotations
-from .clips import check_positive, clip_options, load_clip
+from .clips import check_positive, check_seed, clip_options, load_clip
 from .decode import VideoError
 
 _LOGGER = logging.getLogger("keras_nonlocal")
@@ -114,6 +114,7 @@ def video_dataset_from_directory(
     service=None,
     num_parallel_calls=None,
     on_error="skip",
+    with_paths=False,
     verbose=True,
 ):
     """Generates a `tf.data.Dataset` of clips from videos in a directory.
@@ -176,19 +177,23 @@ def video_dataset_from_directory(
             Defaults to `True` without `views`, `False` with them.
         reshuffle_each_iteration: Whether to draw a new order for each pass. The clips of files are new in each pass
             anyway; those of shards repeat with the order.
-        seed: Integer seed of the order, the split and the random clips. `None` takes one from
-            NumPy's global generator, which `keras.utils.set_random_seed` sets.
+        seed: Integer seed from 0 to 2**32 - 1, of the order, the split and the random clips. `None` takes one
+            from NumPy's global generator, which `keras.utils.set_random_seed` sets.
         validation_split: Float between 0 and 1, the fraction of the videos reserved for validation.
             They are drawn by `seed`, whatever `shuffle` is, so that two calls with one `seed`
             never share a video between `"training"` and `"validation"`.
         subset: `"training"`, `"validation"` or `"both"`, with `validation_split`. `"both"`
             returns a pair of datasets, of which the validation one is never shuffled.
-        follow_links: Whether to visit sub-directories that are symbolic links.
+        follow_links: Whether to visit sub-directories that are symbolic links. Not with a directory of shards, for
+            which `keras-nonlocal shard` has visited them or not.
         shard: Pair `(num_shards, index)`: only every `num_shards`-th video of each pass, from the `index`-th on.
             Several workers with one `seed` and their own `index` share the videos of every pass among them: files
-            anew in each pass, of a directory of shards each worker keeps its own.
+            anew in each pass, of a directory of shards each worker keeps its own. All must make equally many passes,
+            begun ones included, as every worker counts its own: the shares of different passes overlap.
         service: String such as `"grpc://localhost:5000"`, the dispatcher of a `tf.data` service whose workers decode.
-            Needs a directory of shards. Each video comes once in a pass, in no certain order.
+            Needs a directory of shards. Each video comes once in a pass, in no certain order. With
+            `reshuffle_each_iteration` random clips depend on the clock, no longer on `seed` alone, as the workers
+            cannot tell one pass from the next.
         num_parallel_calls: Integer, how many videos are decoded at a time. `None` lets `tf.data`
             decide.
         on_error: `"skip"` drops a video that cannot be decoded, logs it once as a warning of the
@@ -197,15 +202,19 @@ def video_dataset_from_directory(
             black clip in its place, with its label, so that the number of clips stays known. Wrong rows of
             `annotations` are left out and logged too, or an error with `"raise"`. A pass with broken videos or wrong
             rows ends with one more line of the logger, the `report`'s summary.
+        with_paths: Whether to give with each clip the path of its video, as bytes, so that `evaluate_views` can name
+            the videos in what it says and writes.
         verbose: Whether to print the number of files and classes found.
 
     Returns:
-        A `tf.data.Dataset` of `(clips, labels)`, or of `clips` alone without labels. `clips` is
+        A `tf.data.Dataset` of `(clips, labels)`, or of `clips` alone without labels; `with_paths`, of
+        `(clips, labels, paths)` or `(clips, paths)`. `clips` is
         uint8 of shape `(B, T, height, width, 3)`; with `views`, `(B, V, T, height, width, 3)`,
         where V = `num_clips * num_crops`, all crops of the first clip first. `labels` is of shape
         `(B,)`, for `"categorical"` and `"multi_label"` `(B, K)`, for `"binary"` `(B, 1)`. The dataset has
-        the attributes `class_names`, `file_paths` (in the order without `shuffle`) and `report`, a
-        `DecodeReport`. With `on_error="skip"` its cardinality is unknown.
+        the attributes `class_names`, `file_paths` (in the order without `shuffle`; of a `shard` its own, which are
+        those of the first pass where files are shuffled anew in each) and `report`, a `DecodeReport`.
+        With `on_error="skip"` its cardinality is unknown.
 
     Raises:
         ValueError: If an argument is out of range or no video is found.
@@ -237,6 +246,7 @@ def video_dataset_from_directory(
     _check_shard(shard, service)
     if seed is None:
         seed = int(np.random.randint(1_000_000))
+    check_seed(seed)
     clip = clip_options(num_frames, frame_stride, image_size, shorter_side, horizontal_flip, views, sampling)
     if clip.image_size is None and batch_size not in (None, 1):
         raise ValueError(f'`batch_size` must be None or 1 with `image_size="whole"`. Received: batch_size={batch_size}')
@@ -245,7 +255,9 @@ def video_dataset_from_directory(
 
     index = _shard_index(directory)
     if index is not None:
-        _check_only_shards(annotations=annotations, annotation_format=annotation_format, split=split)
+        shards.check_no_annotations(
+            annotations=annotations, annotation_format=annotation_format, split=split, follow_links=follow_links or None
+        )
         videos, usable = _shard_videos(index, labels, class_names)
     else:
         if service is not None:
@@ -263,8 +275,10 @@ def video_dataset_from_directory(
     encoded = _encode_labels(videos, label_mode)
 
     def build(chosen, shuffle):
-        num_videos = len(_share(chosen, shard))
-        if not num_videos:
+        # Shards are shared once and then shuffled, files shuffled and then shared in each pass.
+        order = chosen if index is not None else _draw_order(chosen, shuffle, seed, 0)
+        own = np.sort(_share(order, shard))
+        if not len(own):
             raise ValueError(f"There must be a video for each shard, of {len(chosen)} videos. Received: shard={shard}")
         if index is None:
             elements = _file_source(
@@ -285,13 +299,13 @@ def video_dataset_from_directory(
         if service is not None:
             elements = _distributed(elements, service)
         report = DecodeReport(videos.skipped, is_replaced=on_error == "black")
-        dataset = _received(elements, clip, num_videos, videos.paths, encoded, report, on_error)
+        dataset = _received(elements, clip, len(own), videos.paths, encoded, with_paths, report, on_error)
         if batch_size is not None:
             dataset = dataset.batch(batch_size)
         # Not AUTOTUNE, which lets the buffer grow with the memory that is free.
         dataset = dataset.prefetch(2)
         dataset.class_names = None if videos.class_names is None else list(videos.class_names)
-        dataset.file_paths = [videos.paths[number] for number in chosen]
+        dataset.file_paths = [videos.paths[number] for number in own]
         dataset.report = report
         return dataset
 
@@ -390,14 +404,6 @@ def _shard_index(directory):
     return shards.read_index(directory) if shards.is_shards(directory) else None
 
 
-def _check_only_shards(**arguments):
-    for name, value in arguments.items():
-        if value is not None:
-            raise ValueError(
-                f"`{name}` cannot be passed with shards, which hold their labels. Received: {name}={value!r}"
-            )
-
-
 def _shard_videos(index, labels, class_names):
     """The videos of shards as `Annotations`, and the numbers of those that have one of the classes."""
     paths, everything = tuple(index.paths), np.arange(len(index.paths))
@@ -416,7 +422,7 @@ def _shard_videos(index, labels, class_names):
     old_labels = index.labels if is_multi_label else index.labels.astype("int32")
     if class_names is None:
         return Annotations(paths, old_labels, tuple(index.class_names)), everything
-    if not set(class_names) <= set(index.class_names) or len(set(class_names)) < len(class_names):
+    if not 0 < len(class_names) == len(set(class_names) & set(index.class_names)):
         raise ValueError(
             f"`class_names` must be classes of the shards, which have {list(index.class_names)}. "
             f"Received: class_names={list(class_names)}"
@@ -447,15 +453,18 @@ def _distributed(elements, service):
 # Sources give (clip, number of the video, whether it is good, what is wrong with it)
 
 
+def _draw_order(chosen, shuffle, seed, number):
+    """The order of pass `number` through files."""
+    return np.random.default_rng((seed, 0, number)).permutation(chosen) if shuffle else np.asarray(chosen)
+
+
 def _file_source(paths, chosen, clip, shuffle, reshuffle_each_iteration, seed, shard, num_parallel_calls):
     """Decodes video files. The order and the clips of pass n depend on `(seed, n)` only, not on TensorFlow's seed."""
-    seed %= 2**63
     passes = itertools.count()
 
     def draw_pass():
         number = next(passes)
-        order_rng = np.random.default_rng((seed, 0, number if reshuffle_each_iteration else 0))
-        order = order_rng.permutation(chosen) if shuffle else np.asarray(chosen)
+        order = _draw_order(chosen, shuffle, seed, number if reshuffle_each_iteration else 0)
         # A seed of its own for each clip: the clips do not depend on which thread comes first.
         seeds = np.random.default_rng((seed, 1, number)).integers(2**63 - 1, size=len(order))
         return _share(order, shard).astype("int64"), _share(seeds, shard)
@@ -485,8 +494,8 @@ def _blank(clip):
     return np.zeros([clip.shorter_side[0] if size is None else size for size in clip.shape], "uint8")
 
 
-def _received(elements, clip, num_videos, paths, labels, report, on_error):
-    """Reports on the elements of a source; gives (clip, label), or clip, of those that stay."""
+def _received(elements, clip, num_videos, paths, labels, with_paths, report, on_error):
+    """Reports on the elements of a source; gives (clip, label, path), or less of it, of those that stay."""
 
     def receive(number, is_good, message, any_good):
         if number < 0:
@@ -516,8 +525,12 @@ def _received(elements, clip, num_videos, paths, labels, report, on_error):
     dataset = dataset.filter(lambda frames, number, stays: stays)
 
     def labelled(frames, number, stays):
-        frames = tf.ensure_shape(frames, clip.shape)
-        return frames if labels is None else (frames, tf.gather(labels, number))
+        element = (tf.ensure_shape(frames, clip.shape),)
+        if labels is not None:
+            element += (tf.gather(labels, number),)
+        if with_paths:
+            element += (tf.gather(tf.constant([os.fsencode(path) for path in paths]), number),)
+        return element if len(element) > 1 else element[0]
 
     # One call at a time: without a number tf.data makes it as many as there are cores, each with a clip.
     dataset = dataset.map(labelled, num_parallel_calls=1)

@@ -11,9 +11,11 @@ import os
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
+from . import shards
 from .annotations import read_annotations
-from .clips import clip_options, load_clip
+from .clips import check_positive, check_seed, clip_options, load_clip
 from .decode import VideoError, VideoReader
+from .files import whole_file
 
 # The contact sheet, in pixels.
 _TEXT_WIDTH, _FRAME_HEIGHT, _GAP, _FONT_SIZE = 200, 112, 4, 13
@@ -21,13 +23,13 @@ _TEXT_WIDTH, _FRAME_HEIGHT, _GAP, _FONT_SIZE = 200, 112, 4, 13
 
 @dataclasses.dataclass(frozen=True)
 class VideoFacts:
-    """What the index and the first frame of a video tell.
+    """What the index and the first frame of a video tell, or the head of its records in a shard.
 
     Attributes:
         num_frames: Integer.
         duration: Float, seconds from the first frame until the last one would be followed by another.
         fps: Float, frames per second on average; 0 for a single frame.
-        size: Pair `(height, width)` of the upright frames in pixels.
+        size: Pair `(height, width)` of the upright frames in pixels; in a shard, of those that it holds.
     """
 
     num_frames: int
@@ -41,7 +43,8 @@ class Inspection:
     """What `inspect_videos` found.
 
     Attributes:
-        facts: Dict from the path of each good video to its `VideoFacts`.
+        facts: Dict from the path of each good video to its `VideoFacts`. In shards a path is below the directory
+            that all videos came from.
         broken: Dict from the path of each broken video to what is wrong with it, in one line.
         classes: Dict from the name of each class to the paths of its good videos; the single entry `"all"` for
             videos without labels. A video with several labels stands in each of their classes.
@@ -120,10 +123,12 @@ def inspect_videos(
     """Looks at all videos of a collection, and draws what a network would see of some of them.
 
     Of each video the index is read and the first frame decoded, several videos at a time. A file that breaks later
-    is found only where a clip of the contact sheet needs the broken part.
+    is found only where a clip of the contact sheet needs the broken part. In shards, the head of each video is read;
+    broken are also those that could not be decoded when the shards were written.
 
     Args:
-        directory: String or path-like, the directory of the videos, as in `video_dataset_from_directory`.
+        directory: String or path-like, the directory of the videos or of shards, as in
+            `video_dataset_from_directory`.
         annotations: String or path-like, the file that names the videos and their labels, or `None`: a folder a class.
         annotation_format: String, a format of `read_annotations`, or `None` to tell by the file's first lines.
         split: `"train"`, `"val"` or `"test"`, to take only these rows of a format with splits.
@@ -135,14 +140,14 @@ def inspect_videos(
         frame_stride: Integer, the step in the video from one frame of a clip to the next.
         image_size, shorter_side, horizontal_flip, sampling: What the clips are, as in
             `video_dataset_from_directory` without `views`.
-        seed: Integer, seed of the choice and of the clips.
+        seed: Integer from 0 to 2**32 - 1, seed of the choice and of the clips.
         num_parallel_calls: Integer, how many videos are opened at a time. Defaults to the number of CPU cores.
 
     Returns:
         An `Inspection`. If no video is good its `facts` are empty, and there is no contact sheet.
 
     Raises:
-        ValueError: If no video is found, or an argument is out of range.
+        ValueError: If no video is found, an argument is out of range, or annotations are given for shards.
 
     Example:
 
@@ -157,39 +162,72 @@ def inspect_videos(
     <BLANKLINE>
     1 good, 0 broken
     """
-    if num_clips < 1:
-        raise ValueError(f"`num_clips` must be at least 1. Received: num_clips={num_clips}")
+    check_positive(num_clips=num_clips)
+    check_seed(seed)
     clip = clip_options(num_frames, frame_stride, image_size, shorter_side, horizontal_flip, sampling=sampling)
-    found = read_annotations(directory, annotations, annotation_format, split)
-    facts, broken = {}, {}
-    with concurrent.futures.ThreadPoolExecutor(num_parallel_calls or os.cpu_count()) as executor:
-        for path, fact in zip(found.paths, executor.map(_look_at, found.paths), strict=True):
-            (broken if isinstance(fact, str) else facts)[path] = fact
-    by_class = _by_class(found)
+    if shards.is_shards(directory):
+        shards.check_no_annotations(annotations=annotations, annotation_format=annotation_format, split=split)
+        found = shards.read_index(directory)
+        facts, broken = _sort_out(found.paths, map(_shard_facts, shards.read_heads(found)))
+        broken |= found.skipped
+        skipped = ()
+        read_clip = shards.clip_reader(found, clip)
+        numbers = {path: number for number, path in enumerate(found.paths)}
 
+        def load(path, seed):
+            return read_clip(numbers[path], seed)
+    else:
+        found = read_annotations(directory, annotations, annotation_format, split)
+        with concurrent.futures.ThreadPoolExecutor(num_parallel_calls or os.cpu_count()) as executor:
+            facts, broken = _sort_out(found.paths, executor.map(_look_at, found.paths))
+        skipped = tuple(found.skipped)
+
+        def load(path, seed):
+            return load_clip(path, clip, seed)
+
+    by_class = _by_class(found)
     if contact_sheet is not None:
-        clips = _sample_clips(by_class, facts, broken, clip, num_clips, np.random.default_rng(seed))
+        clips = _sample_clips(by_class, facts, broken, load, num_clips, np.random.default_rng(seed))
         if clips:
-            _write_png(draw_contact_sheet(clips), contact_sheet)
+            with whole_file(contact_sheet) as scratch:
+                draw_contact_sheet(clips).save(scratch, format="PNG")
     return Inspection(
         facts=facts,
         broken=broken,
         classes={name: [path for path in paths if path in facts] for name, paths in by_class.items()},
-        skipped=tuple(found.skipped),
+        skipped=skipped,
         contact_sheet=os.fspath(contact_sheet) if contact_sheet is not None and clips else None,
     )
 
 
+def _sort_out(paths, found):
+    """Dicts of what is known of the good ones, and of what is wrong with the others."""
+    facts, broken = {}, {}
+    for path, fact in zip(paths, found, strict=True):
+        if isinstance(fact, VideoError):
+            broken[path] = str(fact)
+        else:
+            facts[path] = fact
+    return facts, broken
+
+
 def _look_at(path):
-    """The `VideoFacts` of a video, or why it is broken."""
+    """The `VideoFacts` of a video, or the error."""
     try:
         with VideoReader(path) as video:
-            height, width = video.read([0]).shape[1:3]
-            count, span = video.num_frames, float(video.timestamps[-1] - video.timestamps[0])
+            return _facts(video.timestamps, video.read([0]).shape[1:3])
     except VideoError as error:
-        return str(error)
+        return error
+
+
+def _shard_facts(head):
+    return head if isinstance(head, VideoError) else _facts(*head)
+
+
+def _facts(timestamps, size):
+    count, span = len(timestamps), float(timestamps[-1] - timestamps[0])
     fps = (count - 1) / span if span else 0.0
-    return VideoFacts(count, count / fps if fps else 0.0, fps, (height, width))
+    return VideoFacts(count, count / fps if fps else 0.0, fps, tuple(size))
 
 
 def _by_class(found):
@@ -197,17 +235,19 @@ def _by_class(found):
     if found.labels is None:
         return {"all": list(found.paths)}
     labels = np.asarray(found.labels)
-    member = labels[:, None] == np.arange(len(found.class_names)) if labels.ndim == 1 else labels > 0
+    # Shards may have been written without the names.
+    names = found.class_names or [str(k) for k in range(labels.max() + 1 if labels.ndim == 1 else labels.shape[1])]
+    member = labels[:, None] == np.arange(len(names)) if labels.ndim == 1 else labels > 0
     return {
         name: [path for path, is_in in zip(found.paths, member[:, label], strict=True) if is_in]
-        for label, name in enumerate(found.class_names)
+        for label, name in enumerate(names)
     }
 
 
-def _sample_clips(by_class, facts, broken, clip, num_clips, rng):
+def _sample_clips(by_class, facts, broken, load, num_clips, rng):
     """Up to `num_clips` triples (class, path, clip) of different videos, dealt out to the classes in turn.
 
-    What turns out to be broken goes from `facts` to `broken`.
+    `load` is a function from a path and a seed to a clip. What turns out to be broken goes from `facts` to `broken`.
     """
     waiting = {name: [paths[i] for i in rng.permutation(len(paths))] for name, paths in by_class.items()}
     turns = [list(waiting)[i] for i in rng.permutation(len(waiting))]
@@ -219,7 +259,7 @@ def _sample_clips(by_class, facts, broken, clip, num_clips, rng):
                 if path not in facts or path in used:
                     continue
                 try:
-                    clips.append((name, path, load_clip(path, clip, int(rng.integers(2**63 - 1)))))
+                    clips.append((name, path, load(path, int(rng.integers(2**63 - 1)))))
                 except VideoError as error:
                     del facts[path]
                     broken[path] = str(error)
@@ -272,15 +312,3 @@ def _fitted(text, font):
         return text
     length = next(n for n in range(len(text), -1, -1) if font.getlength(text[:n] + "…") <= room)
     return text[:length] + "…"
-
-
-def _write_png(image, path):
-    """The file appears under its name only when it is complete."""
-    folder, name = os.path.split(os.fspath(path))
-    partial = os.path.join(folder, f".{os.getpid()}.{name}")
-    try:
-        image.save(partial, format="PNG")
-        os.replace(partial, path)
-    finally:
-        if os.path.exists(partial):
-            os.unlink(partial)

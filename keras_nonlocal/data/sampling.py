@@ -126,7 +126,8 @@ def training_indices(num_video_frames, num_frames, frame_stride, rng, sampling="
               (section 4.1) in its official release.
             - `"pyslowfast"`: as PySlowFast does: T positions evenly spaced from a uniform real start of
               `[0, max(F - T * stride, 0)]` to `T * stride - 1` frames after it, rounded down; what is past the end is
-              the last frame.
+              the last frame. PySlowFast takes these frames where its `DATA.TARGET_FPS` is the video's rate; otherwise
+              it stretches `T * stride` by their ratio, which is not done here.
             - `"segments"`: one random frame of each of T equal segments of the video (TSN; MMAction2's
               `keep_tail_frames`); `frame_stride` has no meaning here.
 
@@ -169,7 +170,7 @@ def view_indices(num_video_frames, num_frames, frame_stride, num_clips, sampling
               wrap too.
             - `"pyslowfast"`: as PySlowFast does: clip j starts at the real number `max(F - T * stride, 0) * j / N`,
               its T positions are evenly spaced over `T * stride - 1` frames and rounded down; what is past the end is
-              the last frame.
+              the last frame. It is so where its `DATA.TARGET_FPS` is the video's rate, see `training_indices`.
             - `"segments"`: the centres of `N * T` equal segments of the video, dealt out to the clips in turn, so
               that every clip spans the video; `frame_stride` has no meaning here.
 

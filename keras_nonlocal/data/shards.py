@@ -11,6 +11,7 @@ Shape letters: V views (clips x crops), T frames, F frames of the whole video, H
 
 import collections
 import concurrent.futures
+import contextlib
 import dataclasses
 import functools
 import hashlib
@@ -24,6 +25,7 @@ import numpy as np
 import PIL.Image
 import tensorflow as tf
 
+from .clips import check_positive
 from .decode import VideoError, VideoReader
 from .sampling import random_crop_position, training_positions, view_crop_positions, view_positions
 
@@ -92,7 +94,8 @@ def write_shards(
 
     The videos are dealt out to the shards in a random order, always the same. A shard appears under its name only
     when it is complete. A run that was interrupted goes on where it stopped when it is started again: shards that
-    are there are compared with their checksums and written anew if they are damaged.
+    are there are compared with their checksums and written anew if they are damaged, if the file of one of their
+    videos has another size than before, or if a video that they lack can now be decoded.
 
     Memory is bounded: of each video that is decoded, one raw frame and the JPEGs are held.
 
@@ -112,7 +115,7 @@ def write_shards(
         The `ShardIndex` of what was written.
 
     Raises:
-        ValueError: If an argument is out of range, or `out` holds shards of other videos or options.
+        ValueError: If an argument is out of range, or `out` holds shards of other paths, labels or options.
         VideoError: If no video can be decoded, with `on_error="raise"` if one cannot.
 
     Example:
@@ -129,15 +132,11 @@ def write_shards(
     >>> index.paths, index.num_frames, index.sizes
     (('grey.mp4',), array([20]), array([[24, 32]]))
     """
-    for name, value, high in (
-        ("shorter_side", shorter_side, None),
-        ("quality", quality, 100),
-        ("videos_per_shard", videos_per_shard, None),
-        ("num_parallel_calls", 1 if num_parallel_calls is None else num_parallel_calls, None),
-    ):
-        if not isinstance(value, (int, np.integer)) or isinstance(value, bool) or not 1 <= value <= (high or value):
-            limits = "a positive integer" if high is None else f"an integer from 1 to {high}"
-            raise ValueError(f"`{name}` must be {limits}. Received: {name}={value!r}")
+    check_positive(shorter_side=shorter_side, quality=quality, videos_per_shard=videos_per_shard)
+    if quality > 100:
+        raise ValueError(f"`quality` must be an integer from 1 to 100. Received: quality={quality}")
+    if num_parallel_calls is not None:
+        check_positive(num_parallel_calls=num_parallel_calls)
     if on_error not in ("skip", "raise"):
         raise ValueError(f'`on_error` must be "skip" or "raise". Received: on_error={on_error!r}')
     out = _directory(out)
@@ -168,8 +167,10 @@ def write_shards(
             file = f"videos-{number:05d}-of-{len(parts):05d}.tfrecord"
             state = _join(out, file + ".json")
             shard = _read_json(state) if tf.io.gfile.exists(state) else finished.get(file)
-            is_there = shard is not None and _damage(out, shard) is None
+            is_there = shard is not None and _is_up_to_date(out, shard, part, encoder, encode, on_error)
             if not is_there:
+                if tf.io.gfile.exists(_join(out, INDEX)):  # from here on it would be wrong
+                    tf.io.gfile.rename(_join(out, INDEX), _join(out, _UNFINISHED), overwrite=True)
                 shard = _write_shard(out, file, part, encoder, encode, on_error)
                 _write_json(state, shard)
             shards.append(shard)
@@ -209,11 +210,12 @@ class _Encoder:
 
     def digest(self):
         """What tells one list of videos from another."""
-        sizes = map(_file_size, self.annotations.paths)  # a file that was replaced is another video
-        rows = [
-            [name, self.label(video), size] for video, (name, size) in enumerate(zip(self.names, sizes, strict=True))
-        ]
+        rows = [[name, self.label(video)] for video, name in enumerate(self.names)]
         return hashlib.sha256(json.dumps(rows).encode()).hexdigest()
+
+    def file_sizes(self, videos):
+        """What tells a file from one that took its place."""
+        return [_file_size(self.annotations.paths[video]) for video in videos]
 
     def __call__(self, video):
         """Returns the records and what the index says of them, or else the `VideoError`."""
@@ -259,14 +261,13 @@ class _Encoder:
 
 def _write_shard(out, file, videos, encoder, encode, on_error):
     """Writes one shard and returns what the index says of it."""
-    path, partial = _join(out, file), _join(out, file + ".partial")
+    path = _join(out, file)
     entries, skipped, position = [], {}, 0
-    with tf.io.TFRecordWriter(partial) as writer:
+    source_bytes = encoder.file_sizes(videos)
+    with _whole(path) as scratch, tf.io.TFRecordWriter(scratch) as writer:
         for video, result in zip(videos, encode(videos), strict=True):
             if isinstance(result, VideoError):
-                if on_error == "raise":
-                    raise result
-                _LOGGER.warning("Skipped a broken video. %s", result)
+                _skip(result, on_error)
                 skipped[encoder.names[video]] = str(result)
                 continue
             records, entry = result
@@ -274,12 +275,39 @@ def _write_shard(out, file, videos, encoder, encode, on_error):
             for record in records:
                 writer.write(record)
                 position += len(record) + _AROUND_BYTES
-    tf.io.gfile.rename(partial, path, overwrite=True)
-    shard = {"file": file, "bytes": position, "sha256": _sha256(path), "videos": entries, "skipped": skipped}
+    shard = {
+        "file": file,
+        "bytes": position,
+        "sha256": _sha256(path),
+        "source_bytes": source_bytes,
+        "videos": entries,
+        "skipped": skipped,
+    }
     damage = _damage(out, shard, checksum=False)
     if damage is not None:
         raise OSError(f"Writing {path} failed: {damage}")
     return shard
+
+
+def _is_up_to_date(out, shard, videos, encoder, encode, on_error):
+    """Whether a shard is as it would be if it were written now."""
+    if shard.get("source_bytes") != encoder.file_sizes(videos) or _damage(out, shard) is not None:
+        return False
+    errors = []
+    # A disk that was away or a decoder that is newer: the same file may be good now.
+    for result in encode([video for video in videos if encoder.names[video] in shard["skipped"]]):
+        if not isinstance(result, VideoError):
+            return False
+        errors.append(result)
+    for error in errors:
+        _skip(error, on_error)
+    return True
+
+
+def _skip(error, on_error):
+    if on_error == "raise":
+        raise error
+    _LOGGER.warning("Skipped a broken video. %s", error)
 
 
 def _mapped(executor, function, items, ahead):
@@ -305,10 +333,14 @@ def _open_directory(out, plan):
             before = _read_json(_join(out, name))
             different = [key for key in plan if before.get(key) != plan[key]]
             if different:
-                told = {key: before.get(key) for key in different if key != "videos"}
+                # Of the videos only a digest is known.
+                told = {key: (before.get(key), plan[key]) for key in different if key != "videos"}
+                listed = [f"{key} (before {was!r}, now {now!r})" for key, (was, now) in told.items()]
+                listed += ["videos (their paths or labels)"] * ("videos" in different)
                 raise ValueError(
-                    f"`out` must be empty or hold shards of the same videos, written with the same options. It differs "
-                    f"in {', '.join(different)}: {told}. Received: out={out!r}"
+                    "`out` must be empty or hold shards of the same videos, written with the same options. It differs "
+                    f"in {', '.join(listed)}. Pass what was passed before, or another `out`, or delete this one. "
+                    f"Received: out={out!r}"
                 )
             return {shard["file"]: shard for shard in before.get("shards", ())}
     _write_json(_join(out, _UNFINISHED), plan)
@@ -379,6 +411,15 @@ def read_index(directory):
     )
 
 
+def check_no_annotations(**arguments):
+    """Raises a `ValueError` if an argument says again where videos and their labels are."""
+    for name, value in arguments.items():
+        if value is not None:
+            raise ValueError(
+                f"`{name}` cannot be passed with shards, which hold their videos and labels. Received: {name}={value!r}"
+            )
+
+
 def verify_shards(directory):
     """Compares every shard of a directory with its checksum.
 
@@ -411,6 +452,49 @@ def _damage(directory, shard, checksum=True):
 
 
 # Reading
+
+
+def read_heads(index):
+    """Reads the records that describe the videos of shards, and none of their frames.
+
+    Args:
+        index: A `ShardIndex`.
+
+    Returns:
+        An iterator of pairs for every video: the array of its frames' timestamps in seconds and the pair `(height,
+        width)` of their size. Where the record is damaged, a `VideoError` instead.
+    """
+    paths = [_join(index.directory, file) for file in index.files]
+
+    def read(name, file, offset):
+        return _read_records(tf.gather(paths, file), offset, 1)[0], _damage_message(
+            name, tf.gather(paths, file), offset
+        )
+
+    places = tf.data.Dataset.from_tensor_slices((_as_bytes(index.paths), index.file_numbers, index.offsets))
+    for head, message in places.map(read, num_parallel_calls=tf.data.AUTOTUNE).as_numpy_iterator():
+        if not head:
+            yield VideoError(os.fsdecode(message))
+            continue
+        features = tf.train.Example.FromString(head).features.feature
+        height, width = (features[name].int64_list.value[0] for name in ("height", "width"))
+        yield np.array(features["timestamps"].float_list.value), (height, width)
+
+
+def clip_reader(index, clip):
+    """Makes the function from the number of a video and a seed, from 0 to 2**63 - 1, to a clip of it as an array.
+
+    It raises a `VideoError` where a record is damaged.
+    """
+    load = tf.function(_ClipLoader(index, np.arange(len(index.paths)), clip, seed=0))
+
+    def read(number, seed):
+        frames, _, is_good, message = load(tf.constant(number, tf.int64), tf.constant(seed, tf.int64))
+        if not is_good:
+            raise VideoError(os.fsdecode(message.numpy()))
+        return frames.numpy()
+
+    return read
 
 
 def shard_source(
@@ -513,6 +597,7 @@ class _ClipLoader:
             "num_frames": index.num_frames[numbers],
             "size": index.sizes[numbers],
         }
+        self._names = _as_bytes(index.paths[number] for number in numbers)
 
     def __call__(self, position, epoch):
         clip = self._clip
@@ -544,45 +629,24 @@ class _ClipLoader:
         else:
             result = tf.stack(crops, axis=1)
             result = tf.reshape(result, tf.concat([[clip.views[0] * clip.views[1]], tf.shape(result)[2:]], 0))
-        message = tf.strings.join(
-            [
-                "records of it in ",
-                tf.gather([os.path.basename(path) for path in self._paths], video["file"]),
-                " from byte ",
-                tf.strings.as_string(video["offset"]),
-                " on are damaged",
-            ]
-        )
+        name = tf.gather(tf.constant(self._names, tf.string), position)
+        message = _damage_message(name, tf.gather(self._paths, video["file"]), video["offset"])
         return tf.ensure_shape(result, clip.shape), video["number"], is_good, tf.where(is_good, "", message)
 
     def _read(self, video, frames):
         """The JPEGs of `frames`, and whether they are as they were written."""
-        head = self._records(video, video["offset"], 1)[0]
+        path = tf.gather(self._paths, video["file"])
+        head = _read_records(path, video["offset"], 1)[0]
 
         def read():
             feature = tf.io.FixedLenSequenceFeature([], tf.int64, allow_missing=True)
             offsets = tf.io.parse_single_example(head, {"frame_offsets": feature})["frame_offsets"]
             first = tf.reduce_min(frames)
             start = video["offset"] + tf.cast(tf.strings.length(head), tf.int64) + _AROUND_BYTES + offsets[first]
-            return tf.gather(self._records(video, start, tf.reduce_max(frames) + 1 - first), frames - first)
+            return tf.gather(_read_records(path, start, tf.reduce_max(frames) + 1 - first), frames - first)
 
         jpegs = tf.cond(head != "", read, lambda: tf.fill(tf.shape(frames), ""))
         return jpegs, tf.reduce_all(jpegs != "")
-
-    def _records(self, video, offset, count):
-        """`count` records of the video's file from `offset` on, empty from where they cannot be read."""
-        # The public `TFRecordDataset` does not take offsets.
-        source = tf.raw_ops.TFRecordDatasetV2(
-            filenames=[tf.gather(self._paths, video["file"])],
-            compression_type="",
-            buffer_size=tf.constant(_BUFFER_BYTES, tf.int64),
-            byte_offsets=[offset],
-        )
-        records = tf.data.experimental.from_variant(source, tf.TensorSpec([], tf.string))
-        # The range ends `ignore_errors`, which would read a missing file for ever.
-        records = tf.data.Dataset.zip(tf.data.Dataset.range(count), records).ignore_errors()
-        records = records.map(lambda _, record: record).concatenate(tf.data.Dataset.from_tensors("").repeat(count))
-        return records.take(count).batch(count).get_single_element()
 
     def _geometry(self, video, uniform):
         """Frame numbers, the crops' corners and size, and the size of the whole frame that they lie in."""
@@ -654,6 +718,34 @@ class _ClipLoader:
         )
 
 
+def _read_records(path, offset, count):
+    """`count` records of a file from `offset` on, empty from where they cannot be read."""
+    # The public `TFRecordDataset` does not take offsets.
+    source = tf.raw_ops.TFRecordDatasetV2(
+        filenames=[path],
+        compression_type="",
+        buffer_size=tf.constant(_BUFFER_BYTES, tf.int64),
+        byte_offsets=[offset],
+    )
+    records = tf.data.experimental.from_variant(source, tf.TensorSpec([], tf.string))
+    # The range ends `ignore_errors`, which would read a missing file for ever.
+    records = tf.data.Dataset.zip(tf.data.Dataset.range(count), records).ignore_errors()
+    records = records.map(lambda _, record: record).concatenate(tf.data.Dataset.from_tensors("").repeat(count))
+    return records.take(count).batch(count).get_single_element()
+
+
+def _damage_message(name, path, offset):
+    """In the words of a `VideoError`."""
+    file = tf.strings.split(path, "/")[-1]
+    place = tf.strings.join([file, " from byte ", tf.strings.as_string(offset)])
+    return tf.strings.join(["Cannot decode ", name, ": its records in ", place, " on are damaged"])
+
+
+def _as_bytes(names):
+    """Names of files need not be UTF-8."""
+    return [os.fsencode(name) for name in names]
+
+
 def _resized(size, side):
     """The size of frames whose shorter side becomes `side`, rounded as in decoding."""
     shorter, longer = tf.reduce_min(size), tf.reduce_max(size)
@@ -719,7 +811,16 @@ def _read_json(path):
 
 
 def _write_json(path, content):
-    """The file appears under its name only when it is complete."""
-    with tf.io.gfile.GFile(path + ".partial", "w") as file:
+    with _whole(path) as scratch, tf.io.gfile.GFile(scratch, "w") as file:
         file.write(json.dumps(content, separators=(",", ":")) + "\n")
-    tf.io.gfile.rename(path + ".partial", path, overwrite=True)
+
+
+@contextlib.contextmanager
+def _whole(path):
+    """A name beside `path` that becomes `path` once the block has written it, on any file system.
+
+    It is always the same: what a failure leaves is written over by the next try.
+    """
+    scratch = path + ".partial"
+    yield scratch
+    tf.io.gfile.rename(scratch, path, overwrite=True)
