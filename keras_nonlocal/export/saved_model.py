@@ -68,8 +68,8 @@ def export_saved_model(
       `weights` float32 `(B, Q, T', H', W')`, as the layer's `attention`.
 
     Frames are resized until their shorter side is `shorter_side` and cropped to `image_size` in the centre, as shards
-    are; pixels of the right size are not touched, and clips of `image_size` pass as they are. With neither known, any
-    frames do. What cannot be had is left out, and the metadata say why.
+    are; pixels of the right size are not touched, and clips of `image_size` pass as they are. Where `image_size` is not
+    known, so do all. A signature that cannot be had is left out, and the metadata say why.
 
     `assets/metadata.json` says where the model comes from and how it wants its clips, see `read_metadata`;
     `assets/class_names.txt` has a name a line.
@@ -82,7 +82,8 @@ def export_saved_model(
         num_frames: Integer, the frames of a clip. `None`: the model's, if it fixes them.
         frame_stride: Integer, the step between them in a video. `None`: unknown.
         image_size: Integer or pair `(height, width)` of the crops. `None`: the model's, if it fixes them.
-        shorter_side: Integer, the size of the resized frames' shorter side. `None`: the larger of `image_size`.
+        shorter_side: Integer, to which the frames' shorter side is resized before the crop. `None`: the larger of
+            `image_size`.
         views: Pair `(num_clips, num_crops)` of the signature `views`, or `None` for none.
         sampling: Where the clips of `views` are, see `data.view_indices`.
         attention_layer: Name of a `NonLocal3D` layer. `None`: the last one.
@@ -290,7 +291,9 @@ def _preparation(model, num_frames, frame_stride, image_size, shorter_side, view
         image_size = (int(image_size),) * 2
     image_size = static_size if image_size is None else tuple(image_size)
     num_frames = frames if num_frames is None else num_frames
-    if shorter_side is None and image_size is not None:
+    if image_size is None and shorter_side is not None:
+        raise ValueError(f"`shorter_side` needs `image_size`. Received: shorter_side={shorter_side}, image_size=None")
+    if image_size is not None and shorter_side is None:
         shorter_side = max(image_size)
 
     # The checks of `load_views`; what is not known passes them.
@@ -300,7 +303,7 @@ def _preparation(model, num_frames, frame_stride, image_size, shorter_side, view
     clip_options(
         known(num_frames, 1),
         known(frame_stride, 1),
-        known(image_size, known(shorter_side, 1)),
+        known(image_size, 1),
         known(shorter_side, 1),
         views=known(views, (1, 1)),
         sampling=sampling,
@@ -363,19 +366,20 @@ class _Served:
 
     def prepare(self, clips):
         """The central crop of resized frames `(…, H, W, 3)`."""
-        size = tf.shape(clips, tf.int64)[-3:-1]
-        resized, extent = self.sizes(size)
         if self.preparation["image_size"] is not None:
+            size = tf.shape(clips, tf.int64)[-3:-1]
+            resized, extent = self.sizes(size)
             # Who sends crops has resized what they are from.
             resized = tf.where(tf.reduce_all(size == extent), size, resized)
-        (top_left,) = tf.unstack(_corners(resized, extent, 1), num=1)
-        return tf.cast(resize_and_crop(clips, resized, top_left, extent), tf.float32)
+            clips = resize_and_crop(clips, resized, _corners(resized, extent, 1)[0], extent)
+        return tf.cast(clips, tf.float32)
 
     def sizes(self, size):
-        """Of resized frames, and of the crops of them."""
-        shorter_side, image_size = self.preparation["shorter_side"], self.preparation["image_size"]
-        resized = size if shorter_side is None else resized_size(size, tf.constant(shorter_side, tf.int64))
-        return resized, resized if image_size is None else tf.constant(image_size, tf.int64)
+        """Of frames of `size` when they are resized, and of the crops of them."""
+        shorter_side, image_size = (
+            tf.constant(self.preparation[name], tf.int64) for name in ("shorter_side", "image_size")
+        )
+        return resized_size(size, shorter_side), image_size
 
     def submodel(self, tensor):
         """From prepared clips to a tensor inside of the model."""
@@ -449,10 +453,9 @@ def _views(served):
     if preparation["views"] is None:
         raise _LeftOutError("`views` is None")
     num_clips, num_crops = preparation["views"]
-    needed = ["num_frames", "frame_stride"] + ["image_size"] * (num_crops > 1)  # one crop may be the whole frame
-    missing = [f"`{name}`" for name in needed if preparation[name] is None]
+    missing = [name for name in ("num_frames", "frame_stride", "image_size") if preparation[name] is None]
     if missing:
-        raise _LeftOutError(f"{' and '.join(missing)} must be given for it")
+        raise _LeftOutError(f"it needs {' and '.join(missing)}")
 
     @_signature(served.clips(num_frames=None))
     def views(clips):

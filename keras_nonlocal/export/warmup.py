@@ -5,14 +5,13 @@ import tensorflow as tf
 WARMUP_FILE = "assets.extra/tf_serving_warmup_requests"
 
 # Where neither the model nor the export says a size.
-_NUM_FRAMES, _SHORTER_SIDE = 8, 224
+_NUM_FRAMES, _IMAGE_SIZE = 8, (224, 224)
 
 
 def example_requests(signatures, preparation):
     """The shapes of a request for each signature: `{signature: {input: shape}}`."""
-    side = preparation["shorter_side"] or _SHORTER_SIDE
-    height, width = preparation["image_size"] or (side, side)
-    sizes = {"clips": (1, preparation["num_frames"] or _NUM_FRAMES, height, width, 3), "positions": (1, 3)}
+    size = preparation["image_size"] or _IMAGE_SIZE
+    sizes = {"clips": (1, preparation["num_frames"] or _NUM_FRAMES, *size, 3), "positions": (1, 3)}
     sizes["frames"] = sizes["clips"][:2]
     return {
         name: {
