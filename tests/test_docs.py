@@ -143,7 +143,7 @@ def test_readme_code_runs(tmp_path, monkeypatch):
         smaller = smaller.replace(printed, small)
     monkeypatch.chdir(tmp_path)
     exec(smaller, {})
-    assert (tmp_path / "served" / "1" / "saved_model.pb").exists()
+    assert (tmp_path / "served" / "actions" / "1" / "saved_model.pb").exists()
 
 
 def test_readme_takes_the_weights_of_others(tmp_path, monkeypatch):
