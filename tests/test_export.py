@@ -106,6 +106,14 @@ def small():
 
 
 @pytest.fixture(scope="module")
+def tiny():
+    """Where files are tested, not numbers."""
+    inputs = keras.Input((2, 4, 4, 3))
+    features = keras.layers.GlobalAveragePooling3D()(inputs)
+    return keras.Model(inputs, keras.layers.Dense(4, name="pred")(features), name="tiny")
+
+
+@pytest.fixture(scope="module")
 def small_export(small, tmp_path_factory):
     return export_saved_model(small, tmp_path_factory.mktemp("small"), NAMES, **CLIPS)
 
@@ -126,12 +134,6 @@ def encoded(frames, form="PNG", **options):
         PIL.Image.fromarray(frame).save(stream, form, **options)
         files.append(stream.getvalue())
     return np.array(files, "S").reshape(frames.shape[:2])
-
-
-def resized(frames, side):
-    """By float64 NumPy, and how far it is from a tie of the rounding."""
-    exact = resized_frames(frames, side)
-    return np.round(exact).clip(0, 255).astype("uint8")
 
 
 def cropped(frames, size, corner=None):
@@ -217,21 +219,26 @@ def test_attention_is_that_of_the_pictures(model, export):
 
 @pytest.fixture(scope="module")
 def camera(tmp_path_factory):
-    """Stored frames as JPEGs, and the views that shards give of them: no size is a multiple of another."""
+    """Stored frames as JPEGs, and views that shards give of them, central ones and all: no size is a multiple of
+    another."""
     folder = tmp_path_factory.mktemp("shards")
     smooth = np.random.default_rng(0).normal(size=(12, 10, 13, 3)).repeat(7, 1).repeat(7, 2)
     write_video(folder / "video.mp4", (128 + 50 * smooth).clip(0, 255).astype("uint8")[:, :, :90])
     annotations = Annotations(paths=(str(folder / "video.mp4"),), labels=None, class_names=None)
     index = write_shards(annotations, folder / "shards", shorter_side=60, verbose=False)
-    options = ClipOptions(3, 2, (40, 40), (24, 28), False, (2, 3), "recipe")
-    ((views, _, is_good, _),) = shard_source(index, None, options, False, 0).as_numpy_iterator()
-    assert is_good and views.shape == (6, 3, 24, 28, 3) and views.std() > 20
+
+    def views(num_crops):
+        options = ClipOptions(3, 2, (40, 40), (24, 28), False, (2, num_crops), "recipe")
+        ((pixels, _, is_good, _),) = shard_source(index, None, options, False, 0).as_numpy_iterator()
+        assert is_good and pixels.shape == (2 * num_crops, 3, 24, 28, 3) and pixels.std() > 20
+        return pixels
+
     ((_, jpegs),) = records(index)
-    return jpegs, views
+    return jpegs, views(1), views(3)
 
 
 def test_resizing_is_that_of_shards_bit_for_bit(camera, tmp_path):
-    jpegs, views = camera
+    jpegs, central, views = camera
     path = export_saved_model(
         build_pixels(3, (24, 28)),
         tmp_path / "pixels",
@@ -243,7 +250,7 @@ def test_resizing_is_that_of_shards_bit_for_bit(camera, tmp_path):
     loaded = tf.saved_model.load(str(path))
     video = np.stack([tf.io.decode_jpeg(jpeg, dct_method="INTEGER_ACCURATE") for jpeg in jpegs])
     for number, frames in enumerate(view_indices(12, 3, 2, 2)):
-        expected = views[3 * number + 1].astype("float32").reshape(1, -1)  # the central one of three crops
+        expected = central[number].astype("float32").reshape(1, -1)
         for name, value in (
             ("serving_default", {"clips": tf.constant(video[None, frames])}),
             ("float", {"clips": tf.constant(video[None, frames].astype("float32"))}),
@@ -294,7 +301,7 @@ def test_signatures_are_the_golden_ones(export):
     }
     assert set(loaded.signatures) == set(SIGNATURES)
     if UPDATE:
-        lines = ",\n".join(f'  "{name}": {json.dumps(value)}' for name, value in found.items())
+        lines = ",\n".join(f'  "{name}": {json.dumps(value, sort_keys=True)}' for name, value in found.items())
         GOLDEN.write_text("{\n" + lines + "\n}\n")
     assert found == json.loads(GOLDEN.read_text()), (
         "The signatures changed, and with them what clients send. Write the golden anew with KNL_UPDATE_GOLDENS=1 and "
@@ -336,23 +343,23 @@ def test_metadata_say_where_it_comes_from_and_what_it_wants(model, export):
     assert read_metadata(export.parent) == read_metadata(export)
 
 
-def test_the_digest_is_of_the_weights(small, small_export, tmp_path):
-    first = read_metadata(small_export)["model"]["weights_sha256"]
-    other = build_small()
-    other.set_weights(small.get_weights())
+def test_the_digest_is_of_the_weights(tiny, tmp_path):
+    model = keras.models.clone_model(tiny)
+    model.set_weights(tiny.get_weights())
     digests = []
-    for change in (0, 1e-3):
-        other.get_layer("pred").bias.assign(small.get_layer("pred").bias + change)
-        path = export_saved_model(other, tmp_path / "other", views=None)
+    for network, change in ((tiny, 0), (model, 0), (model, 1e-3)):
+        bias = network.get_layer("pred").bias
+        bias.assign(bias + change)
+        path = export_saved_model(network, tmp_path / "model")
         digests.append(read_metadata(path)["model"]["weights_sha256"])
-    assert digests[0] == first != digests[1]
+    assert digests[0] == digests[1] != digests[2]
 
 
-def test_class_names_travel_along(export, small, tmp_path):
+def test_class_names_travel_along(export, tiny, tmp_path):
     assert (export / "assets" / "class_names.txt").read_text(encoding="utf-8") == "sit ups\nröntgen\nc\nd\n"
     assert read_class_names(export) == read_class_names(export.parent) == NAMES
     strange = ["a\x85b", " c", "", "d\u2028"]  # what `str.splitlines` would split
-    assert read_class_names(export_saved_model(small, tmp_path / "a", strange)) == strange
+    assert read_class_names(export_saved_model(tiny, tmp_path / "a", strange)) == strange
 
 
 def test_leaves_nothing_but_the_export(export):
@@ -502,9 +509,9 @@ def test_broken_frames_are_an_error(small_export):
 # Files
 
 
-def test_versions_count_up(small, tmp_path):
+def test_versions_count_up(tiny, tmp_path):
     def exported(**options):
-        return export_saved_model(small, tmp_path / "model", views=None, warmup=False, **options).name
+        return export_saved_model(tiny, tmp_path / "model", warmup=False, **options).name
 
     assert [exported(), exported(version=7), exported(), exported(version=3), exported()] == ["1", "7", "8", "3", "9"]
     (tmp_path / "model" / "100x").mkdir()
@@ -515,42 +522,42 @@ def test_versions_count_up(small, tmp_path):
         with pytest.raises(FileExistsError, match=rf"never overwritten\. Received: '{tmp_path}/model/{version}'$"):
             exported(version=version)
     with pytest.raises(FileExistsError, match=r"it is itself one of them\. Received: path='.*/model/7'$"):
-        export_saved_model(small, tmp_path / "model" / "7")
+        export_saved_model(tiny, tmp_path / "model" / "7")
     with pytest.raises(FileExistsError, match=r"`path` must be a folder, or not exist\. Received: path='.*notes.txt'$"):
-        export_saved_model(small, tmp_path / "model" / "notes.txt")
+        export_saved_model(tiny, tmp_path / "model" / "notes.txt")
 
 
-def test_never_overwrites(small, tmp_path):
+def test_never_overwrites(tiny, tmp_path):
     (tmp_path / "1").mkdir()
     (tmp_path / "1" / "precious").write_text("kept")
     (tmp_path / "2").mkdir()  # an empty folder, which renaming would replace
     for version in (1, 2):
         with pytest.raises(FileExistsError, match=rf"never overwritten\. Received: '{tmp_path}/{version}'$"):
-            export_saved_model(small, tmp_path, version=version)
+            export_saved_model(tiny, tmp_path, version=version)
     assert (tmp_path / "1" / "precious").read_text() == "kept"
     assert sorted(file.name for file in tmp_path.iterdir()) == ["1", "2"]
 
 
-def test_two_exports_at_once_are_two_versions(small, tmp_path, monkeypatch):
+def test_two_exports_at_once_are_two_versions(tiny, tmp_path, monkeypatch):
     """While the first is being written, a second comes and takes its number."""
     save, others = tf.saved_model.save, []
 
     def save_after_another(*arguments, **options):
         monkeypatch.setattr(tf.saved_model, "save", save)
-        others.append(export_saved_model(small, tmp_path, version=given, views=None, warmup=False))
+        others.append(export_saved_model(tiny, tmp_path, version=given, warmup=False))
         save(*arguments, **options)
 
     given = None
     monkeypatch.setattr(tf.saved_model, "save", save_after_another)
-    assert export_saved_model(small, tmp_path, views=None, warmup=False).name == "2" and others[0].name == "1"
+    assert export_saved_model(tiny, tmp_path, warmup=False).name == "2" and others[0].name == "1"
     given = 5
     monkeypatch.setattr(tf.saved_model, "save", save_after_another)
     with pytest.raises(FileExistsError, match="never overwritten"):
-        export_saved_model(small, tmp_path, version=5, views=None, warmup=False)
+        export_saved_model(tiny, tmp_path, version=5, warmup=False)
     assert sorted(file.name for file in tmp_path.iterdir()) == ["1", "2", "5"]
 
 
-def test_a_failing_export_leaves_nothing(small, tmp_path, monkeypatch):
+def test_a_failing_export_leaves_nothing(tiny, tmp_path, monkeypatch):
     def save(module, path, signatures):
         Path(path).mkdir()
         (Path(path) / "saved_model.pb").write_text("half of a model")
@@ -558,7 +565,7 @@ def test_a_failing_export_leaves_nothing(small, tmp_path, monkeypatch):
 
     monkeypatch.setattr(tf.saved_model, "save", save)
     with pytest.raises(OSError, match="No space"):
-        export_saved_model(small, tmp_path / "model", NAMES)
+        export_saved_model(tiny, tmp_path / "model", NAMES)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -582,7 +589,7 @@ saved_model.export_saved_model(model, sys.argv[1])
 """
 
 
-def test_a_killed_export_leaves_no_half_version(small, tmp_path):
+def test_a_killed_export_leaves_no_half_version(tiny, tmp_path):
     process = subprocess.Popen(
         [sys.executable, "-c", KILLED, tmp_path],
         stdin=subprocess.PIPE,
@@ -602,8 +609,8 @@ def test_a_killed_export_leaves_no_half_version(small, tmp_path):
     assert [path.name[0] for path in tmp_path.iterdir()] == ["."]
     with pytest.raises(ValueError, match="must be a folder that `export_saved_model` wrote"):
         read_metadata(tmp_path)
-    assert export_saved_model(small, tmp_path, views=None).name == "1"
-    assert read_metadata(tmp_path)["model"]["name"] == "small"
+    assert export_saved_model(tiny, tmp_path).name == "1"
+    assert read_metadata(tmp_path)["model"]["name"] == "tiny"
 
 
 def test_warmup_is_what_serving_reads(export, tmp_path):
