@@ -8,6 +8,7 @@ Shape letters: B clips, T frames, H height, W width, K classes.
 import contextlib
 import inspect
 import json
+import logging
 import os
 import pathlib
 import re
@@ -30,6 +31,15 @@ TOLERANCES = {None: 1e-4, "float16": 1e-2, "int8": 0.1}
 NUM_CHECKS = 3
 # Operators of ONNX that are about as old as TensorFlow 2.16; newer runtimes know them, too.
 ONNX_OPSET = 18
+# What a file that takes any size calls it, and on which it is run.
+OPEN_SIZES = {"frames": 8, "height": 64, "width": 64}
+# How the converters and runtimes name operations that they lack, and what to do about the frequent ones.
+LACKING = {"LiteRT": r"TF Select ops: ([\w, ]+)", "ONNX": r"No Op registered for (\w+)"}
+REPLACEMENTS = {
+    "MaxPool3D": "with `keras_nonlocal.applications.folded.MaxPooling3D` for `keras.layers.MaxPooling3D`",
+    "AvgPool3D": "with `keras.layers.TimeDistributed(keras.layers.AveragePooling2D(…))` for "
+    "`keras.layers.AveragePooling3D`",
+}
 
 
 def export_model(model, path, format="saved_model", **options):
@@ -139,7 +149,7 @@ def export_litert(
 
     with _scratch(path) as file:
         module = network.module(batch_size)
-        with _conversion("LiteRT", r"tf\.(\w+)"):
+        with _conversion("LiteRT"):
             converter = tf.lite.TFLiteConverter.from_concrete_functions(
                 [module.serving_default.get_concrete_function()], module
             )
@@ -186,15 +196,15 @@ def export_onnx(
     """Exports a classifier of clips as an ONNX file. Needs the extra `onnx`.
 
     The file takes `clips`, float32 of shape `(B, T, H, W, 3)`, RGB pixels in 0..255, and gives `scores`, float32
-    `(B, K)`, for any B. It is run by onnxruntime before it gets its name. The class names are its metadata property
-    `class_names`, a JSON list.
+    `(B, K)`, for any B, and any T, H and W that neither the model nor an argument fixes. It is run by onnxruntime before
+    it gets its name. The class names are its metadata property `class_names`, a JSON list.
 
     Args:
         model: Functional Keras model from normalised clips to scores.
         path: File to write, by custom with the ending `.onnx`.
         class_names: Names of the classes in the order of the scores, or `None`.
-        num_frames: Integer, the frames of a clip. `None`: the model's, if it fixes them.
-        image_size: Integer or pair `(height, width)` of the frames. `None`: the model's, if it fixes them.
+        num_frames: Integer, the frames of a clip. `None`: the model's, if it fixes them, or any.
+        image_size: Integer or pair `(height, width)` of the frames. `None`: the model's, if it fixes them, or any.
         tolerance: Largest difference to the Keras scores that is accepted, relative to the largest score where that is
             above 1. `None`: 1e-4.
         preprocess_input: Function from float32 pixels in 0..255 to what the model takes.
@@ -220,7 +230,9 @@ def export_onnx(
         from tf2onnx.optimizer import merge_duplicated_nodes_optimizer as merge
         from tf2onnx.optimizer import transpose_optimizer as transpose
     except ImportError as error:
-        raise ImportError(f'ONNX files need the extra: pip install "keras-nonlocal[onnx]". Missing: {error.name}') from error
+        raise ImportError(
+            f'ONNX files need the extra: pip install "keras-nonlocal[onnx]". Missing: {error.name}'
+        ) from error
     # Not its optimizer of reshapes: that drops the first of two, though the second may refer to its sizes, and the
     # concatenation form then fails with more than one clip.
     optimizers = {
@@ -235,7 +247,7 @@ def export_onnx(
         function = network.module(None).serving_default.get_concrete_function()
         (clips,) = (tensor for tensor in function.inputs if tensor.dtype != tf.resource)
         (scores,) = function.outputs
-        with _conversion("ONNX", r"Tensorflow op \[\S+: (\w+)\]"):
+        with _conversion("ONNX"):
             frozen = tf_loader.from_function(function, [clips.name], [scores.name])
             with tf.Graph().as_default() as graph:
                 tf.import_graph_def(frozen, name="")
@@ -249,19 +261,22 @@ def export_onnx(
                 # Without its copies of the graph from before each step, which take most of its time.
                 converted = optimizer.optimize_graph(converted, catch_errors=False, optimizers=optimizers)
                 proto = converted.make_model(model.name)
-        for tensor in (*proto.graph.input, *proto.graph.output):
-            tensor.type.tensor_type.shape.dim[0].dim_param = "batch"
+        sizes = ["batch", *(size or name for size, name in zip(network.shape, OPEN_SIZES, strict=True)), 3]
+        for tensor, names in ((proto.graph.input[0], sizes), (proto.graph.output[0], sizes[:1])):
+            for dimension, name in zip(tensor.type.tensor_type.shape.dim, names, strict=False):
+                if isinstance(name, str):
+                    dimension.dim_param = name
         if class_names is not None:
             onnx.helper.set_model_props(proto, {"class_names": json.dumps(list(class_names), ensure_ascii=False)})
-        onnx.checker.check_model(proto)
-        onnx.save(proto, file)
-        with _conversion("ONNX", r"(\w+)\(\d+\) node"):
+        with _conversion("ONNX"):
+            onnx.checker.check_model(proto)
+            onnx.save(proto, file)
             session = onnxruntime.InferenceSession(str(file), providers=["CPUExecutionProvider"])
         _compare(
             "ONNX",
             network,
             lambda clips: session.run(["scores"], {"clips": clips})[0],
-            _check_clips([size or default for size, default in zip(network.shape, (8, 64, 64), strict=False)], 2),
+            _check_clips([size or least for size, least in zip(network.shape, OPEN_SIZES.values(), strict=True)], 2),
             TOLERANCES[None] if tolerance is None else tolerance,
             "Try other layers, or a larger `tolerance`.",
         )
@@ -334,13 +349,28 @@ def _check_new(path):
 
 
 @contextlib.contextmanager
-def _conversion(runtime, operation):
-    """One sentence in place of the converter's pages."""
+def _conversion(runtime):
+    """One sentence in place of the pages of a converter or a runtime."""
+    logger = logging.getLogger("tf2onnx")
+    level = logger.level
+    logger.setLevel(logging.CRITICAL)  # what it cannot convert, it also logs
     try:
         yield
-    except Exception as error:  # converters fail in any way
-        found = sorted(set(re.findall(operation, str(error))))
-        raise ValueError(f"{runtime} FAIL {found} {str(error)[:1500]}") from error
+    except Exception as error:  # which kinds they are is no part of any interface
+        operations = sorted({name for names in re.findall(LACKING[runtime], str(error)) for name in names.split(", ")})
+        if not operations:
+            reason = next(iter(str(error).splitlines()), "")
+            raise ValueError(
+                f'{runtime} does not take the model; `format="saved_model"` takes every model. '
+                f"Received: {type(error).__name__}: {reason}"
+            ) from error
+        advice = [REPLACEMENTS[name] for name in operations if name in REPLACEMENTS]
+        raise ValueError(
+            f"{runtime} lacks operations of the model: build it {' and '.join(advice) or 'of other layers'}, or take "
+            f'another format; "saved_model" takes every model. Received: operations={operations}'
+        ) from error
+    finally:
+        logger.setLevel(level)
 
 
 def _listed(clips, shape):
@@ -379,15 +409,18 @@ def _check_clips(shape, batch_size):
 
 def _compare(runtime, network, run, batches, tolerance, advice):
     for clips in batches:
-        expected = network.scores(clips).numpy()
         try:
-            scores = run(clips)
-        except Exception as error:
-            raise ValueError(f"{runtime} RUN FAIL {str(error)[:1500]}") from error
-        difference = np.abs(scores - expected).max() / max(np.abs(expected).max(), 1)
-        if os.environ.get("DBG"): print("   diff", difference, expected.max(-1))
-        if not difference <= tolerance:
+            expected = network.scores(clips).numpy()
+        except (ValueError, tf.errors.OpError) as error:
             raise ValueError(
-                f"The {runtime} file gives other scores than the Keras model, by {difference:.1e}, and was not kept. "
+                "The model does not run on clips of this size here: give the `num_frames` and `image_size` that it "
+                f"takes. Received: clips.shape={clips.shape}"
+            ) from error
+        with _conversion(runtime):
+            scores = run(clips)
+        difference = np.abs(scores - expected).max() / max(np.abs(expected).max(), 1)
+        if not difference <= tolerance:  # nor if it is no number
+            raise ValueError(
+                f"The {runtime} file was not kept: its scores differ from the Keras model's by {difference:.1e}. "
                 f"{advice} Received: tolerance={tolerance}"
             )
