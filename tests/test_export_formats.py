@@ -31,7 +31,7 @@ def awake(model):
     for layer in model.layers:
         if isinstance(layer, NonLocal3D):
             layer.norm.gamma.assign(rng.normal(size=layer.norm.gamma.shape))
-    model.layers[-1].kernel.assign(rng.normal(size=model.layers[-1].kernel.shape))
+    model.layers[-1].kernel.assign(0.1 * rng.normal(size=model.layers[-1].kernel.shape))
     return model
 
 
@@ -42,19 +42,18 @@ def build(*body, input_shape=(FRAMES, SIZE, SIZE, 3)):
 
 
 def all_blocks():
-    """Every pairwise function on all keys and on pooled ones; the layers of the ready networks; windows."""
+    """Every pairwise function on all keys and on pooled ones, side by side; windows; what the ready networks have."""
+    inputs = keras.Input((FRAMES, SIZE, SIZE, 3))
+    x = Conv3D(8, (3, 1, 1), padding="same")(inputs)
+    x = Conv3D(8, (1, 3, 3), padding="same", activation="relu")(x)
+    x = MaxPooling3D((1, 2, 2))(x)
     blocks = [
-        NonLocal3D(pairwise, pool_size=pool_size, scale=0.1, name=f"{pairwise}_{number}")
-        for pairwise in PAIRWISE
-        for number, pool_size in enumerate((None, (1, 2, 2)))
+        NonLocal3D(pairwise, pool_size=pool_size, scale=0.1) for pairwise in PAIRWISE for pool_size in (None, (1, 2, 2))
     ]
-    return build(
-        Conv3D(8, (3, 1, 1), padding="same"),
-        Conv3D(8, (1, 3, 3), padding="same", activation="relu"),
-        MaxPooling3D((1, 2, 2)),
-        *blocks,
-        NonLocal3D(window=(2, None, None), query_chunk_size=16, scale=0.1),
-    )
+    blocks.append(NonLocal3D(window=(2, None, None), query_chunk_size=16, scale=0.1))
+    x = layers.Concatenate()([block(x) for block in blocks])
+    x = layers.Dense(len(NAMES), activation="softmax")(layers.GlobalAveragePooling3D()(x))
+    return awake(keras.Model(inputs, x))
 
 
 @pytest.fixture(scope="module")
@@ -194,6 +193,20 @@ def test_operations_that_a_runtime_lacks(format, layer, message, tmp_path, caplo
         export_model(build(layer), tmp_path / "a", format)
     assert list(tmp_path.iterdir()) == []
     assert not [record for record in caplog.records if record.name.startswith("tf2onnx")]
+
+
+@pytest.mark.parametrize("format", ["litert", "onnx"])
+def test_channels_first(format, tmp_path):
+    """Layers that have no data format run; others have their own word."""
+    body = [layers.Permute((2, 3, 4, 1)), layers.Conv3D(2, 1)]
+    model = build(*body, input_shape=(3, FRAMES, SIZE, SIZE))
+    path = export_model(model, tmp_path / "a", format)
+    expected = np.asarray(model(np.moveaxis(preprocess_input(clips(1)), -1, 1), training=False))
+    run = {"litert": litert_scores, "onnx": onnx_scores}[format]
+    np.testing.assert_allclose(run(path, clips(1)), expected, atol=1e-5)
+    model = build(MaxPooling3D(2, data_format="channels_first"), *body, input_shape=(3, FRAMES, SIZE, SIZE))
+    with pytest.raises(ValueError, match=r"^\w+ lacks operations of networks with channels first: build it after"):
+        export_model(model, tmp_path / "b", format)
 
 
 @pytest.mark.parametrize("format", ["litert", "onnx"])

@@ -26,7 +26,7 @@ from keras_nonlocal.applications import preprocess_input as _preprocess_input
 from .saved_model import CLASS_NAMES_FILE, _check_model, export_saved_model
 
 # Largest difference to the Keras scores, relative to the largest of these where that is above 1.
-TOLERANCES = {None: 1e-4, "float16": 1e-2, "int8": 0.1}
+TOLERANCES = {None: 1e-4, "float16": 1e-2, "bfloat16": 0.1, "int8": 0.1}
 # Clips that a written file is run on. More cost time and find no other faults.
 NUM_CHECKS = 3
 # Operators of ONNX that are about as old as TensorFlow 2.16; newer runtimes know them, too.
@@ -139,6 +139,11 @@ def export_litert(
     if not isinstance(batch_size, int) or batch_size < 1:
         raise ValueError(f"`batch_size` must be a positive integer. Received: batch_size={batch_size!r}")
     network = _Network(model, num_frames, image_size, class_names, preprocess_input)
+    if network.half:
+        raise ValueError(
+            "LiteRT takes networks of float32: build the model under that policy; its weights are float32 already, and "
+            f'`quantization="float16"` halves the file. Received: layers of {network.half}'
+        )
     missing = [name for name, size in zip(("num_frames", "image_size"), network.shape, strict=False) if size is None]
     if missing:
         raise ValueError(
@@ -149,7 +154,7 @@ def export_litert(
 
     with _scratch(path) as file:
         module = network.module(batch_size)
-        with _conversion("LiteRT"):
+        with _conversion("LiteRT", network):
             converter = tf.lite.TFLiteConverter.from_concrete_functions(
                 [module.serving_default.get_concrete_function()], module
             )
@@ -196,8 +201,8 @@ def export_onnx(
     """Exports a classifier of clips as an ONNX file. Needs the extra `onnx`.
 
     The file takes `clips`, float32 of shape `(B, T, H, W, 3)`, RGB pixels in 0..255, and gives `scores`, float32
-    `(B, K)`, for any B, and any T, H and W that neither the model nor an argument fixes. It is run by onnxruntime before
-    it gets its name. The class names are its metadata property `class_names`, a JSON list.
+    `(B, K)`, for any B, and any T, H and W that neither the model nor an argument fixes. It is run by onnxruntime
+    before it gets its name. The class names are its metadata property `class_names`, a JSON list.
 
     Args:
         model: Functional Keras model from normalised clips to scores.
@@ -206,7 +211,7 @@ def export_onnx(
         num_frames: Integer, the frames of a clip. `None`: the model's, if it fixes them, or any.
         image_size: Integer or pair `(height, width)` of the frames. `None`: the model's, if it fixes them, or any.
         tolerance: Largest difference to the Keras scores that is accepted, relative to the largest score where that is
-            above 1. `None`: 1e-4.
+            above 1. `None`: 1e-4, for a model that computes in float16 1e-2.
         preprocess_input: Function from float32 pixels in 0..255 to what the model takes.
 
     Returns:
@@ -247,7 +252,7 @@ def export_onnx(
         function = network.module(None).serving_default.get_concrete_function()
         (clips,) = (tensor for tensor in function.inputs if tensor.dtype != tf.resource)
         (scores,) = function.outputs
-        with _conversion("ONNX"):
+        with _conversion("ONNX", network):
             frozen = tf_loader.from_function(function, [clips.name], [scores.name])
             with tf.Graph().as_default() as graph:
                 tf.import_graph_def(frozen, name="")
@@ -268,7 +273,7 @@ def export_onnx(
                     dimension.dim_param = name
         if class_names is not None:
             onnx.helper.set_model_props(proto, {"class_names": json.dumps(list(class_names), ensure_ascii=False)})
-        with _conversion("ONNX"):
+        with _conversion("ONNX", network):
             onnx.checker.check_model(proto)
             onnx.save(proto, file)
             session = onnxruntime.InferenceSession(str(file), providers=["CPUExecutionProvider"])
@@ -277,7 +282,7 @@ def export_onnx(
             network,
             lambda clips: session.run(["scores"], {"clips": clips})[0],
             _check_clips([size or least for size, least in zip(network.shape, OPEN_SIZES.values(), strict=True)], 2),
-            TOLERANCES[None] if tolerance is None else tolerance,
+            TOLERANCES[network.half] if tolerance is None else tolerance,
             "Try other layers, or a larger `tolerance`.",
         )
     return pathlib.Path(path)
@@ -309,6 +314,9 @@ class _Network:
                     "`num_frames` and `image_size` must be positive, and the model's where it fixes them, "
                     f"{static}. Received: num_frames={num_frames}, image_size={image_size}"
                 )
+        # Half precision rounds elsewhere in every runtime.
+        dtypes = {layer.compute_dtype for layer in model.layers}
+        self.half = next((dtype for dtype in ("bfloat16", "float16") if dtype in dtypes), None)
         self.shape = tuple(fixed if size is None else int(size) for size, fixed in zip(given, static, strict=True))
 
     def scores(self, clips):
@@ -349,7 +357,7 @@ def _check_new(path):
 
 
 @contextlib.contextmanager
-def _conversion(runtime):
+def _conversion(runtime, network):
     """One sentence in place of the pages of a converter or a runtime."""
     logger = logging.getLogger("tf2onnx")
     level = logger.level
@@ -363,6 +371,12 @@ def _conversion(runtime):
             raise ValueError(
                 f'{runtime} does not take the model; `format="saved_model"` takes every model. '
                 f"Received: {type(error).__name__}: {reason}"
+            ) from error
+        if network.channels_first:
+            raise ValueError(
+                f"{runtime} lacks operations of networks with channels first: build it after "
+                '`keras.config.set_image_data_format("channels_last")`; its weights are the same. '
+                f"Received: operations={operations}"
             ) from error
         advice = [REPLACEMENTS[name] for name in operations if name in REPLACEMENTS]
         raise ValueError(
@@ -416,7 +430,7 @@ def _compare(runtime, network, run, batches, tolerance, advice):
                 "The model does not run on clips of this size here: give the `num_frames` and `image_size` that it "
                 f"takes. Received: clips.shape={clips.shape}"
             ) from error
-        with _conversion(runtime):
+        with _conversion(runtime, network):
             scores = run(clips)
         difference = np.abs(scores - expected).max() / max(np.abs(expected).max(), 1)
         if not difference <= tolerance:  # nor if it is no number
