@@ -154,10 +154,14 @@ def export_litert(
 
     with _scratch(path) as file:
         module = network.module(batch_size)
-        with _conversion("LiteRT", network):
-            converter = tf.lite.TFLiteConverter.from_concrete_functions(
-                [module.serving_default.get_concrete_function()], module
+        function = module.serving_default.get_concrete_function()
+        if clips is not None and _has_loops(function):
+            raise ValueError(
+                "Representative clips run through networks without loops only, or LiteRT ends the process: build the "
+                "non-local blocks with `query_chunk_size=None`, or leave the clips out. Received: a network with loops"
             )
+        with _conversion("LiteRT", network):
+            converter = tf.lite.TFLiteConverter.from_concrete_functions([function], module)
             if quantization is not None:
                 converter.optimizations = [tf.lite.Optimize.DEFAULT]
             if quantization == "float16":
@@ -187,6 +191,12 @@ def export_litert(
             else "Try other layers, or a larger `tolerance`.",
         )
     return pathlib.Path(path)
+
+
+def _has_loops(function):
+    graph = function.graph.as_graph_def()
+    nodes = [node for part in (graph.node, *(library.node_def for library in graph.library.function)) for node in part]
+    return any(node.op in ("While", "StatelessWhile") for node in nodes)
 
 
 def export_onnx(
