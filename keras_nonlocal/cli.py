@@ -24,6 +24,19 @@ from keras_nonlocal.ops import PAIRWISE
 
 # What `train` writes beside the model, so that the other commands prepare clips as it did.
 SETTINGS = ("class_names", "num_frames", "frame_stride", "image_size", "shorter_side")
+# Of `keras_nonlocal.export`, which imports TensorFlow: named here so that `--help` does not wait for it.
+EXPORT_FORMATS = ("saved_model", "litert", "onnx")
+EXPORT_OPTIONS = (
+    "quantization",
+    "batch_size",
+    "tolerance",
+    "version",
+    "views",
+    "sampling",
+    "top_k",
+    "jit_compile",
+    "warmup",
+)
 SHORTER_SIDE_HELP = "frames are resized to it before the crops (default: the smallest of the training)"
 
 
@@ -266,23 +279,28 @@ def _export(args):
     model, settings = _load_keras(args.model), _read_settings(args.model)
     names = args.class_names.split(",") if args.class_names else settings.get("class_names")
 
-    from keras_nonlocal.export import export_saved_model, read_metadata
+    sizes = _clip_sizes(args, model.input_shape[1:], settings)
+    options = {name: value for name, value in vars(args).items() if name in EXPORT_OPTIONS}  # those that were given
+    if "views" in options:
+        options["views"] = tuple(options["views"])
+    if args.format != "saved_model":
+        if args.representative_videos:
+            options["representative_clips"] = _representative_clips(args, sizes)
+        elif args.shorter_side or args.frame_stride:
+            raise _BadInput("--shorter-side and --frame-stride need --format saved_model or --representative-videos")
+        sizes = {name: sizes[name] for name in ("num_frames", "image_size")}
+    elif args.representative_videos:
+        raise _BadInput("--representative-videos needs --format litert")
+
+    from keras_nonlocal.export import export_model, read_metadata
 
     with _reported_as_bad_input():
-        path = export_saved_model(
-            model,
-            args.out,
-            class_names=names,
-            version=args.version,
-            views=tuple(args.views),
-            sampling=args.sampling,
-            top_k=args.top_k,
-            jit_compile=args.jit_compile,
-            warmup=not args.no_warmup,
-            **_clip_sizes(args, model.input_shape[1:], settings),
-        )
-        metadata = read_metadata(path)
+        path = export_model(model, args.out, args.format, class_names=names, **sizes, **options)
     print(f"Wrote {path}" + ("" if names is None else f" for {len(names)} classes: {', '.join(names)}"))
+    if args.format != "saved_model":
+        return 0
+    with _reported_as_bad_input():
+        metadata = read_metadata(path)
     for name, signature in metadata["signatures"].items():
         inputs, outputs = (
             ", ".join(f"{key} {spec['dtype']} {_shape(spec['shape'])}" for key, spec in signature[side].items())
@@ -292,6 +310,18 @@ def _export(args):
     for name, reason in metadata["left_out"].items():
         print(f"no {name}: {reason}")
     return 0
+
+
+def _representative_clips(args, sizes):
+    """One clip of each video, for the export in int8."""
+    missing = [f"--{name.replace('_', '-')}" for name, value in sizes.items() if value is None]
+    if missing:
+        raise _BadInput(f"neither MODEL nor what stands beside it says {' and '.join(missing)}. Give the option")
+
+    from keras_nonlocal.data import load_views
+
+    with _reported_as_bad_input():
+        return [load_views(video, **sizes, views=(1, 1))[0] for video in args.representative_videos]
 
 
 def _shape(sizes):
@@ -548,7 +578,7 @@ def _reported_as_bad_input():
 
     try:
         yield
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, ImportError) as error:
         raise _BadInput(error) from error
     except tf.errors.OpError as error:
         # Errors inside of tf.data and of file systems arrive wrapped in a graph's traceback.
@@ -669,29 +699,51 @@ def _parser():
     _training_clips(inspect)
     inspect.add_argument("--seed", type=int, default=0, metavar="N", help="(default: %(default)s)")
 
-    export = _command(commands, "export", _export, "writes a SavedModel: pixels in, scores out, no Keras needed")
+    export = _command(commands, "export", _export, "writes a model for other programs: pixels in, scores out, no Keras")
     export.add_argument("model", metavar="MODEL", help="a .keras file")
-    export.add_argument("out", metavar="OUT", help="the served model's folder; the version becomes a folder in it")
+    export.add_argument(
+        "out", metavar="OUT", help="the served model's folder, in which the version becomes a folder; else a file"
+    )
+    export.add_argument(
+        "--format",
+        choices=EXPORT_FORMATS,
+        default="saved_model",
+        help="saved_model: for TensorFlow Serving; litert: for phones and boards; onnx: with the extra of that name "
+        "(default: %(default)s)",
+    )
     export.add_argument(
         "--class-names", metavar="A,B,…", help="names of the scores (default: those that `train` wrote beside MODEL)"
     )
-    export.add_argument("--version", type=_positive, metavar="N", help="(default: one more than the highest in OUT)")
     _sizes(export)
     export.add_argument("--shorter-side", type=_positive, metavar="N", help=SHORTER_SIDE_HELP)
     export.add_argument(
+        "--representative-videos", nargs="+", metavar="VIDEO", help="litert: to fit the ranges of int8 to, some hundred"
+    )
+
+    # What is not given has the default of the format's function; what is given and not the format's is an error.
+    def option(flag, **kwargs):
+        export.add_argument(flag, default=argparse.SUPPRESS, **kwargs)
+
+    option("--quantization", choices=["float16", "int8"], help="litert: of the weights (default: float32)")
+    option("--batch-size", type=_positive, metavar="N", help="litert: clips at a time (default: 1)")
+    option("--tolerance", type=_rate, metavar="X", help="litert, onnx: accepted difference to the scores of MODEL")
+    option("--version", type=_positive, metavar="N", help="saved_model: (default: one more than the highest in OUT)")
+    option(
         "--views",
         type=_positive,
         nargs=2,
         metavar=("CLIPS", "CROPS"),
-        default=[10, 3],
-        help="that the signature `views` averages (default: 10 3)",
+        help="saved_model: that the signature `views` averages (default: 10 3)",
     )
-    _sampling(export)
-    export.add_argument(
-        "--top-k", type=_positive, default=5, metavar="K", help="classes that `classify` gives (default: %(default)s)"
+    option("--sampling", choices=SAMPLERS, help="saved_model: which frames make the clips of `views` (default: recipe)")
+    option("--top-k", type=_positive, metavar="K", help="saved_model: classes that `classify` gives (default: 5)")
+    option("--jit-compile", action="store_true", help="saved_model: compile the network by XLA where it is served")
+    option(
+        "--no-warmup",
+        action="store_false",
+        dest="warmup",
+        help="saved_model: write no requests to warm up TensorFlow Serving",
     )
-    export.add_argument("--jit-compile", action="store_true", help="compile the network by XLA where it is served")
-    export.add_argument("--no-warmup", action="store_true", help="write no requests to warm up TensorFlow Serving")
 
     verify = _command(
         commands, "verify", _verify, "runs every signature of an export in a process without Keras and this package"

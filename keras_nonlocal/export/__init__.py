@@ -1,10 +1,15 @@
 """Trained networks as files that need neither Keras nor this package."""
 
+from .formats import FORMATS, export_litert, export_model, export_onnx
 from .saved_model import export_saved_model, read_class_names, read_metadata
 from .verify import SignatureCheck, verify_saved_model
 
 __all__ = [
+    "FORMATS",
     "SignatureCheck",
+    "export_litert",
+    "export_model",
+    "export_onnx",
     "export_saved_model",
     "read_class_names",
     "read_metadata",
