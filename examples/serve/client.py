@@ -167,9 +167,11 @@ class RestClient:
 
 
 def _jsonable(value):
-    if isinstance(value, np.ndarray | list):
-        return value.tolist() if getattr(value, "dtype", object) != object else [_jsonable(item) for item in value]
-    return {"b64": base64.b64encode(value).decode()} if isinstance(value, bytes) else value
+    if isinstance(value, bytes):
+        return {"b64": base64.b64encode(value).decode()}
+    if isinstance(value, np.ndarray):
+        return value.tolist() if value.dtype.kind != "O" else [_jsonable(item) for item in value]
+    return value
 
 
 def _texts(array):

@@ -135,19 +135,14 @@ class LoadTest:
         self._refusals, self._problems, self._memory = {}, [], []
 
     def _time_direct(self, model):
-        """Seconds of calls one after the other, as they are and as a graph."""
-        compiled = tf.function(lambda pixels: model(preprocess_input(pixels), training=False))
-        calls = {
-            "model(x)": lambda pixels: scores(model, pixels),
-            "as a graph": lambda x: compiled(tf.constant(x)).numpy(),
-        }
+        """Seconds of calls one after the other: of the model as it is, and as a graph."""
+        graph = tf.function(lambda pixels: model(preprocess_input(pixels), training=False))
+        calls = {"model(x)": lambda x: scores(model, x), "as a graph": lambda x: graph(tf.constant(x)).numpy()}
         times = {}
         for name, call in calls.items():
             call(self._clips[0].pixels)
-            times[name] = [
-                _timed(lambda: call(clip.pixels))[0]
-                for clip, _ in zip(itertools.cycle(self._clips), range(DIRECT_CALLS), strict=False)
-            ]
+            clips = itertools.islice(itertools.cycle(self._clips), DIRECT_CALLS)
+            times[name] = [_timed(call, clip.pixels)[0] for clip in clips]
         return times
 
     def run(self, requests, clients):
@@ -197,7 +192,7 @@ class LoadTest:
         # One at a time: what is tested is the server's memory, not this process's.
         with self._huge_lock if what == "huge message" else contextlib.nullcontext():
             inputs = make(clip) if is_good else make(clip, self._huge)
-            seconds, answer = _timed(lambda: _ask(client[protocol], signature, inputs))
+            seconds, answer = _timed(_ask, client[protocol], signature, inputs)
         problem = None
         if is_good:
             problem = _wrong(answer, clip.scores[signature])
@@ -258,9 +253,9 @@ class LoadTest:
         return figures
 
 
-def _timed(call):
+def _timed(call, *arguments):
     start = time.perf_counter()
-    result = call()
+    result = call(*arguments)
     return time.perf_counter() - start, result
 
 
@@ -336,36 +331,36 @@ def example_network(num_frames, size, classes=10):
 
 
 def markdown(figures):
-    direct, loaded, alone = figures["direct"]["model(x)"], figures["loaded"], figures["alone"]
+    """The figures as a page."""
+    direct = figures["direct"]["model(x)"]
+
+    def row(name, times, per_second=None):
+        ratios = [times["p50_ms"] / direct["p50_ms"], times["p99_ms"] / direct["p99_ms"]]
+        rate, gain = "", ""
+        if per_second is not None:
+            rate, gain = f"{per_second:.1f}", f"{per_second * direct['mean_ms'] / 1000:.2f}"
+        return (
+            f"| {name} | {times['p50_ms']:.1f} | {times['p99_ms']:.1f} | {rate} "
+            f"| {ratios[0]:.2f} | {ratios[1]:.2f} | {gain} |"
+        )
+
     lines = [
         f"{figures['requests']} requests from {figures['clients']} clients in {figures['seconds']:.1f} s: "
         f"{figures['good']} good, {figures['bad']} bad; {len(figures['problems'])} problems.",
         "",
         "| | p50 ms | p99 ms | good requests/s | p50 ratio | p99 ratio | throughput ratio |",
         "|---|---:|---:|---:|---:|---:|---:|",
-        f"| `model(x)` in process | {direct['p50_ms']:.1f} | {direct['p99_ms']:.1f} | {1000 / direct['mean_ms']:.1f} | 1 | 1 | 1 |",
+        *(row(f"in process, {name}", times, 1000 / times["mean_ms"]) for name, times in figures["direct"].items()),
+        row("server, 1 client", figures["alone"], 1000 / figures["alone"]["mean_ms"]),
+        row(f"server, {figures['clients']} clients", figures["loaded"], figures["good_per_second"]),
+        *(row(f"– of these {kind}", times) for kind, times in sorted(figures["loaded_by_kind"].items())),
     ]
-    graph = figures["direct"]["as a graph"]
-    rows = [
-        ("as a graph", graph, 1000 / graph["mean_ms"]),
-        ("server, one client", alone, 1000 / alone["mean_ms"]),
-        (f"server, {figures['clients']} clients", loaded, figures["good_per_second"]),
-    ]
-    for name, row, per_second in rows:
-        lines.append(
-            f"| {name} | {row['p50_ms']:.1f} | {row['p99_ms']:.1f} | {per_second:.1f} | {row['p50_ms'] / direct['p50_ms']:.2f} "
-            f"| {row['p99_ms'] / direct['p99_ms']:.2f} | {per_second * direct['mean_ms'] / 1000:.2f} |"
-        )
-    for name, row in sorted(figures["loaded_by_kind"].items()):
-        lines.append(
-            f"| – {name} | {row['p50_ms']:.1f} | {row['p99_ms']:.1f} | | {row['p50_ratio']:.2f} | {row['p99_ratio']:.2f} | |"
-        )
     if "memory_mib" in figures:
         memory = figures["memory_mib"]
         lines += [
             "",
             f"The server's memory: {memory['then']:.0f} MiB after {memory['after_requests']} requests, "
-            f"{memory['at_the_end']:.0f} MiB after the last ({memory['growth']:+.1f}); at most {memory['largest']:.0f}.",
+            f"{memory['at_the_end']:.0f} MiB after the last ({memory['growth']:+.1f}), at most {memory['largest']:.0f}.",
         ]
     lines += ["", "| bad request | refusal |", "|---|---|"]
     lines += [f"| {kind} | {refusal.replace('|', '/')} |" for kind, refusal in figures["refusals"].items()]

@@ -3,9 +3,9 @@
     pip install ".[serve]"
     python examples/serve/server.py --model_name=nonlocal --model_base_path=served/nonlocal
 
-For tests, development and machines that cannot run TensorFlow Serving's container (docker-compose.yml does); clients see
-no difference. It has the flags of `tensorflow_model_server` that are named here, and serves what that one serves: the
-newest version, the next one as soon as it is loaded and its warm-up requests are answered. It does not batch.
+For tests, development and machines that cannot run TensorFlow Serving's container (docker-compose.yml does). Its flags
+are those of `tensorflow_model_server`. The newest version is served, the next one as soon as it is loaded and has answered
+its warm-up requests. Requests are not batched.
 
     gRPC  PredictionService.Predict, PredictionService.GetModelMetadata, ModelService.GetModelStatus
     REST  POST /v1/models/NAME[/versions/N]:predict, GET /v1/models/NAME[/versions/N][/metadata]
