@@ -1,9 +1,10 @@
-"""`keras-nonlocal …`: trains, evaluates, predicts, exports and converts from the command line.
+"""`keras-nonlocal …`: trains, evaluates, predicts, exports, verifies and converts from the command line.
 
 Every command parses, calls the package and prints. Bad input is one line on stderr and exit code 2.
 """
 
 import argparse
+import collections
 import contextlib
 import json
 import logging
@@ -23,6 +24,7 @@ from keras_nonlocal.ops import PAIRWISE
 
 # What `train` writes beside the model, so that the other commands prepare clips as it did.
 SETTINGS = ("class_names", "num_frames", "frame_stride", "image_size", "shorter_side")
+SHORTER_SIDE_HELP = "frames are resized to it before the crops (default: the smallest of the training)"
 
 
 def main(argv=None):
@@ -32,8 +34,8 @@ def main(argv=None):
         argv: List of strings, the arguments. `None`: those of the process.
 
     Returns:
-        The exit code: 0 for success, 1 where `predict` had to leave out a video, 2 for bad arguments or data, 130 after
-        Ctrl-C.
+        The exit code: 0 for success, 1 where `predict` had to leave out a video or what was verified has a fault, 2 for
+        bad arguments or data, 130 after Ctrl-C.
     """
     try:
         args = _parser().parse_args(argv)
@@ -164,27 +166,79 @@ def _predict(args):
 
     import numpy as np
 
-    from keras_nonlocal.data import VideoError, load_views
-
     names = classifier.class_names or [str(index) for index in range(classifier.num_classes)]
     exit_code = 0
-    for video in args.videos:
+    with _Progress(len(args.videos)) as progress:
+        for video, scores in _scores_of_videos(classifier, args.videos, clips, args.batch_size):
+            progress.clear()
+            if isinstance(scores, Exception):
+                print(f"keras-nonlocal: error: {scores}", file=sys.stderr)
+                exit_code = 1
+            else:
+                best = np.argsort(-scores, kind="stable")[: args.top_k]
+                if args.json:
+                    top = [{"class": names[index], "score": float(scores[index])} for index in best]
+                    print(json.dumps({"video": video, "predictions": top}), flush=True)
+                else:
+                    print("\n".join([video, *(f"  {scores[index]:.4f}  {names[index]}" for index in best)]), flush=True)
+            progress.advance()
+    return exit_code
+
+
+def _scores_of_videos(classifier, videos, clips, batch_size):
+    """Yields each video with its mean scores, or with the error that it cannot be decoded. Batches hold the views of
+    several videos."""
+    import numpy as np
+
+    from keras_nonlocal.data import VideoError, load_views
+
+    num_views = math.prod(clips["views"])
+    waiting, views, scores = collections.deque(), [], []  # `views` are still to be scored
+    for number, video in enumerate(videos, start=1):
+        error = None
         with _reported_as_bad_input():
             try:
-                views = load_views(video, **clips)
-            except VideoError as error:
-                print(f"keras-nonlocal: error: {error}", file=sys.stderr)
-                exit_code = 1
-                continue
-        batches = [views[i : i + args.batch_size] for i in range(0, len(views), args.batch_size)]
-        scores = np.concatenate([classifier.predict_on_batch(batch) for batch in batches]).mean(axis=0)
-        best = np.argsort(-scores, kind="stable")[: args.top_k]
-        if args.json:
-            top = [{"class": names[index], "score": float(scores[index])} for index in best]
-            print(json.dumps({"video": video, "predictions": top}), flush=True)
-        else:
-            print("\n".join([video, *(f"  {scores[index]:.4f}  {names[index]}" for index in best)]), flush=True)
-    return exit_code
+                views.extend(load_views(video, **clips))
+            except VideoError as broken:
+                error = broken
+        waiting.append((video, error))
+        while len(views) >= batch_size or (views and number == len(videos)):
+            scores.extend(classifier.predict_on_batch(np.stack(views[:batch_size])))
+            del views[:batch_size]
+        while waiting and (waiting[0][1] is not None or len(scores) >= num_views):
+            video, error = waiting.popleft()
+            if error is None:
+                yield video, np.mean(scores[:num_views], axis=0)
+                del scores[:num_views]
+            else:
+                yield video, error
+
+
+class _Progress:
+    """A count of what is done, on a terminal's last line."""
+
+    def __init__(self, total):
+        self._done, self._total = 0, total
+        self._is_shown = sys.stderr.isatty()
+
+    def __enter__(self):
+        self._show()
+        return self
+
+    def __exit__(self, *exception):
+        self.clear()
+
+    def advance(self):
+        self._done += 1
+        self._show()
+
+    def clear(self):
+        if self._is_shown:
+            print("\r\x1b[K", end="", file=sys.stderr, flush=True)
+
+    def _show(self):
+        if self._is_shown and self._done < self._total:
+            print(f"\r{self._done} of {self._total} videos", end="", file=sys.stderr, flush=True)
 
 
 def _inspect(args):
@@ -212,13 +266,50 @@ def _export(args):
     model, settings = _load_keras(args.model), _read_settings(args.model)
     names = args.class_names.split(",") if args.class_names else settings.get("class_names")
 
-    from keras_nonlocal.export import export_saved_model
+    from keras_nonlocal.export import export_saved_model, read_metadata
 
     with _reported_as_bad_input():
-        path = export_saved_model(model, args.out, class_names=names)
+        path = export_saved_model(
+            model,
+            args.out,
+            class_names=names,
+            version=args.version,
+            views=tuple(args.views),
+            sampling=args.sampling,
+            top_k=args.top_k,
+            jit_compile=args.jit_compile,
+            warmup=not args.no_warmup,
+            **_clip_sizes(args, model.input_shape[1:], settings),
+        )
+        metadata = read_metadata(path)
     print(f"Wrote {path}" + ("" if names is None else f" for {len(names)} classes: {', '.join(names)}"))
-    print(f"serving_default: clips uint8 {tuple(model.input_shape)} -> scores float32 {tuple(model.output_shape)}")
+    for name, signature in metadata["signatures"].items():
+        inputs, outputs = (
+            ", ".join(f"{key} {spec['dtype']} {_shape(spec['shape'])}" for key, spec in signature[side].items())
+            for side in ("inputs", "outputs")
+        )
+        print(f"{name}: {inputs} -> {outputs}")
+    for name, reason in metadata["left_out"].items():
+        print(f"no {name}: {reason}")
     return 0
+
+
+def _shape(sizes):
+    return f"({', '.join('any' if size is None else str(size) for size in sizes)})"
+
+
+def _verify(args):
+    from keras_nonlocal.export import verify_saved_model
+
+    with _reported_as_bad_input():
+        checks = verify_saved_model(args.model)
+    for check in checks:
+        inputs, outputs = (
+            ", ".join(f"{key} {value}" for key, value in side.items()) for side in (check.inputs, check.outputs)
+        )
+        ran = f"{inputs} -> {outputs}, {check.seconds:.2f} s" if check.outputs else inputs
+        print(f"{check.signature:16} {check.problem or 'ok'}" + (f"  ({ran})" if ran else ""))
+    return 1 if any(check.problem for check in checks) else 0
 
 
 def _convert(args):
@@ -285,8 +376,6 @@ class _Classifier:
 
     def __init__(self, path):
         self.path = path
-        self.settings = _read_settings(path)
-        self.class_names = self.settings.get("class_names")
         if os.path.isdir(path):
             self._load_export()
         else:
@@ -300,16 +389,21 @@ class _Classifier:
     def _load_export(self):
         import tensorflow as tf
 
-        from keras_nonlocal.export import read_class_names
+        from keras_nonlocal.export.saved_model import METADATA_FILE, read_class_names, read_metadata, version_folder
 
         # TensorFlow warns that gradients may be missing, which nobody asks for here.
         logging.getLogger("absl").setLevel(logging.ERROR)
         with _loading(self.path):
-            self._loaded = tf.saved_model.load(self.path)  # kept: the signature holds no reference to it
+            folder = version_folder(self.path)
+            self._says = folder / "assets" / METADATA_FILE
+            self.settings = dict(read_metadata(folder)["preprocessing"])
+            self.class_names = read_class_names(folder)
+            self._loaded = tf.saved_model.load(str(folder))  # kept: the signature holds no reference to it
             signature = self._loaded.signatures["serving_default"]
-            self.clip_shape = tuple(signature.structured_input_signature[1]["clips"].shape)[1:]
+            frames, *size = signature.structured_input_signature[1]["clips"].shape[1:4]
+            # Frames of another size than this would be resized in it.
+            self.clip_shape = (frames, *(self.settings["image_size"] or size), 3)
             self.num_classes = signature.structured_outputs["scores"].shape[-1]
-            self.class_names = read_class_names(self.path) or self.class_names
         self._predict = lambda clips: signature(clips=tf.constant(clips))["scores"].numpy()
         self.get_weights = lambda: [variable.numpy() for variable in signature.variables]
 
@@ -318,6 +412,9 @@ class _Classifier:
 
         from keras_nonlocal.applications import preprocess_input
 
+        self._says = _settings_path(self.path)
+        self.settings = _read_settings(self.path)
+        self.class_names = self.settings.get("class_names")
         self.clip_shape, self.num_classes = tuple(model.input_shape[1:]), model.output_shape[-1]
         self._predict = lambda clips: model.predict_on_batch(preprocess_input(clips))
         self.get_weights = model.get_weights
@@ -347,19 +444,14 @@ class _Classifier:
     def clip_options(self, args):
         """Arguments of `load_views`: from the options, else from the model's shape, else from its settings."""
         frames, height, width, _ = self.clip_shape
-        num_frames = args.num_frames or frames or self.settings.get("num_frames")
-        frame_stride = args.frame_stride or self.settings.get("frame_stride")
-        size = (args.image_size,) * 2 if args.image_size else None
         static_size = None if None in (height, width) else (height, width)
-        # The paper tests on crops as large as the shorter side, the smallest of those trained on.
-        shorter_side = args.shorter_side or self.settings.get("shorter_side", [None])[0]
-        image_size = size or static_size or (shorter_side and (shorter_side, shorter_side))
+        sizes = _clip_sizes(args, self.clip_shape, self.settings)
+        num_frames, frame_stride, image_size, shorter_side = sizes.values()
         needed = {"--num-frames": num_frames, "--frame-stride": frame_stride, "--image-size": image_size}
         missing = [option for option, value in needed.items() if value is None]
         if missing:
             raise _BadInput(
-                f"neither {_settings_path(self.path)} nor the model says what {' and '.join(missing)} should be. "
-                "Give the option"
+                f"neither {self._says} nor the model says what {' and '.join(missing)} should be. Give the option"
             )
         if frames not in (None, num_frames):
             raise _BadInput(f"the model takes clips of {frames} frames. Received: --num-frames {num_frames}")
@@ -368,13 +460,28 @@ class _Classifier:
                 f"the model takes frames of {height}x{width} pixels. Received: --image-size {args.image_size}"
             )
         return {
-            "num_frames": num_frames,
-            "frame_stride": frame_stride,
-            "image_size": image_size,
+            **sizes,
             "shorter_side": shorter_side or max(image_size),
             "views": (args.clips, args.crops),
             "sampling": args.sampling,
         }
+
+
+def _clip_sizes(args, clip_shape, settings):
+    """Which frames a model wants: from the options, else from its shape, else from its settings; `None` if unknown."""
+    frames, height, width, _ = clip_shape
+    static_size = None if None in (height, width) else (height, width)
+    shorter_side = args.shorter_side or settings.get("shorter_side")
+    if isinstance(shorter_side, list):  # those of the training
+        shorter_side = min(shorter_side)
+    # The paper tests on crops as large as the shorter side, the smallest of those trained on.
+    image_size = (args.image_size,) * 2 if args.image_size else static_size or (shorter_side and (shorter_side,) * 2)
+    return {
+        "num_frames": args.num_frames or frames or settings.get("num_frames"),
+        "frame_stride": args.frame_stride or settings.get("frame_stride"),
+        "image_size": image_size,
+        "shorter_side": shorter_side,
+    }
 
 
 def _load_keras(path):
@@ -571,12 +678,34 @@ def _parser():
     _training_clips(inspect)
     inspect.add_argument("--seed", type=int, default=0, metavar="N", help="(default: %(default)s)")
 
-    export = _command(commands, "export", _export, "writes a SavedModel: uint8 clips in, scores out, no Keras needed")
+    export = _command(commands, "export", _export, "writes a SavedModel: pixels in, scores out, no Keras needed")
     export.add_argument("model", metavar="MODEL", help="a .keras file")
-    export.add_argument("out", metavar="OUT", help="folder to create")
+    export.add_argument("out", metavar="OUT", help="the served model's folder; the version becomes a folder in it")
     export.add_argument(
         "--class-names", metavar="A,B,…", help="names of the scores (default: those that `train` wrote beside MODEL)"
     )
+    export.add_argument("--version", type=_positive, metavar="N", help="(default: one more than the highest in OUT)")
+    _sizes(export)
+    export.add_argument("--shorter-side", type=_positive, metavar="N", help=SHORTER_SIDE_HELP)
+    export.add_argument(
+        "--views",
+        type=_positive,
+        nargs=2,
+        metavar=("CLIPS", "CROPS"),
+        default=[10, 3],
+        help="that the signature `views` averages (default: 10 3)",
+    )
+    _sampling(export)
+    export.add_argument(
+        "--top-k", type=_positive, default=5, metavar="K", help="classes that `classify` gives (default: %(default)s)"
+    )
+    export.add_argument("--jit-compile", action="store_true", help="compile the network by XLA where it is served")
+    export.add_argument("--no-warmup", action="store_true", help="write no requests to warm up TensorFlow Serving")
+
+    verify = _command(
+        commands, "verify", _verify, "runs every signature of an export in a process without Keras and this package"
+    )
+    verify.add_argument("model", metavar="SAVEDMODEL", help="a folder that `keras-nonlocal export` wrote")
 
     convert = _command(commands, "convert", _convert, "makes a weight file of another project one of Keras")
     convert.add_argument(
@@ -658,26 +787,25 @@ def _training_clips(parser):
 
 def _views(parser, clips, crops):
     _sizes(parser)
-    parser.add_argument(
-        "--shorter-side",
-        type=_positive,
-        metavar="N",
-        help="frames are resized to it before the crops (default: the smallest of the training)",
-    )
+    parser.add_argument("--shorter-side", type=_positive, metavar="N", help=SHORTER_SIDE_HELP)
     parser.add_argument(
         "--clips", type=_positive, default=clips, metavar="N", help="clips of a video (default: %(default)s)"
     )
     parser.add_argument(
         "--crops", type=_positive, default=crops, metavar="N", help="crops of a clip (default: %(default)s)"
     )
+    _sampling(parser)
+    parser.add_argument(
+        "--batch-size", type=_positive, default=8, metavar="N", help="views in a batch (default: %(default)s)"
+    )
+
+
+def _sampling(parser):
     parser.add_argument(
         "--sampling",
         choices=SAMPLERS,
         default="recipe",
         help="which frames make the clips: as in the authors' release, or otherwise (default: %(default)s)",
-    )
-    parser.add_argument(
-        "--batch-size", type=_positive, default=8, metavar="N", help="views in a batch (default: %(default)s)"
     )
 
 

@@ -133,7 +133,8 @@ class _NonLocal(keras.layers.Layer):
         Args:
             inputs: What the layer is called on.
             queries: Integer array of shape `(num_queries, rank)`: positions in the map's own coordinates, such as
-                `[[t, y, x]]` for `NonLocal3D`.
+                `[[t, y, x]]` for `NonLocal3D`. Positions that are known only as a graph runs are moved inside of the
+                map.
             mask: Optional boolean mask, as for `call`.
 
         Returns:
@@ -150,8 +151,8 @@ class _NonLocal(keras.layers.Layer):
         mask = self._position_mask(mask, x)
         sizes = self._position_sizes(x)
         window = self._window_sizes(sizes)
-        queries = self._check_queries(queries, x.shape[1:-1])
-        batch, channels, num_queries = ops.shape(x)[0], x.shape[-1], len(queries)
+        queries = self._check_queries(queries, x.shape[1:-1], sizes)
+        batch, channels, num_queries = ops.shape(x)[0], x.shape[-1], ops.shape(queries)[0]
         # Row-major numbers of each query's position in the map, and of its window among the windows.
         query_position = _ravel([queries[:, d] for d in range(self.rank)], sizes)  # Q
         grid = [size // w for size, w in zip(sizes, window, strict=True)]
@@ -254,12 +255,24 @@ class _NonLocal(keras.layers.Layer):
                     f"or the window ({self.window}). Received: pool_size={self.pool_size}"
                 )
 
-    def _check_queries(self, queries, positions):
-        queries = np.asarray(queries)
-        if queries.ndim != 2 or queries.shape[1] != self.rank or queries.dtype.kind not in "iu":
+    def _check_queries(self, queries, positions, sizes):
+        is_symbolic = False
+        if ops.is_tensor(queries):
+            dtype = keras.backend.standardize_dtype(queries.dtype)
+            try:
+                queries = ops.convert_to_numpy(queries)
+            except (NotImplementedError, TypeError):  # what TensorFlow and JAX raise while they trace
+                is_symbolic = True
+        else:
+            queries = np.asarray(queries)
+            dtype = str(queries.dtype)
+        if len(queries.shape) != 2 or queries.shape[1] != self.rank or "int" not in dtype:
             raise ValueError(
                 f"`queries` must be integers of shape (num_queries, {self.rank}). Received: queries={queries!r}"
             )
+        if is_symbolic:
+            last = ops.stack([ops.cast(size, "int32") - 1 for size in sizes])
+            return ops.clip(ops.cast(queries, "int32"), 0, last)
         for dimension, size in enumerate(positions):
             column = queries[:, dimension]
             if (column < 0).any() or (isinstance(size, int) and (column >= size).any()):

@@ -25,6 +25,7 @@ import PIL.Image
 import tensorflow as tf
 
 from .decode import VideoError, VideoReader
+from .resizing import resized_size, resized_window
 from .sampling import random_crop_position, training_positions, view_crop_positions, view_positions
 
 INDEX = "shards.json"
@@ -590,7 +591,7 @@ class _ClipLoader:
         arguments = (video["num_frames"], clip.num_frames, clip.frame_stride)
         low, high = clip.shorter_side
         side = low + tf.cast(uniform[-2] * (high - low + 1), tf.int64)
-        resized = _resized(video["size"], side)
+        resized = resized_size(video["size"], side)
         size = resized if clip.image_size is None else tf.constant(clip.image_size, tf.int64)
         if clip.views is None:
             frames = training_positions(*arguments, uniform[: clip.num_frames], clip.sampling, xp=xp)
@@ -616,49 +617,24 @@ class _ClipLoader:
             def image(jpeg):  # one at a time: resized frames are four times as large before they are rounded
                 pixels = tf.image.decode_and_crop_jpeg(jpeg, window, channels=3, dct_method="INTEGER_ACCURATE")
                 pixels = pixels[before[0] : before[0] + size[0], before[1] : before[1] + size[1]]
-                return pixels if resize is None else tf.cast(tf.round(resize(pixels[None])[0]), tf.uint8)
+                return pixels if resize is None else tf.cast(resize(pixels[None])[0], tf.uint8)
 
             return tf.map_fn(image, jpegs, fn_output_signature=tf.TensorSpec([None, None, 3], tf.uint8))
 
         def linear():
             corner = tf.minimum(tf.round(first), tf.cast(stored, tf.float64) - 1)
-            return decoded(
-                corner,
-                tf.maximum(tf.round(last), corner + 1),
-                lambda image: tf.raw_ops.ResizeBilinear(
-                    images=image, size=tf.cast(extent, tf.int32), half_pixel_centers=True
-                ),
-            )
 
-        def exact():
-            # As many pixels around the window as interpolation takes in.
-            margin = tf.maximum(1 / scale, 1) + 1
-            corner = tf.maximum(tf.floor(first - margin), 0)
-            shift = corner * scale - tf.cast(top_left, tf.float64)
-            return decoded(
-                corner,
-                tf.minimum(tf.math.ceil(last + margin), tf.cast(stored, tf.float64)),
-                lambda image: tf.raw_ops.ScaleAndTranslate(
-                    images=image,
-                    size=tf.cast(extent, tf.int32),
-                    scale=tf.cast(scale, tf.float32),
-                    translation=tf.cast(shift, tf.float32),
-                    kernel_type="triangle",
-                    antialias=True,
-                ),
-            )
+            def resize(image):
+                size = tf.cast(extent, tf.int32)
+                return tf.round(tf.raw_ops.ResizeBilinear(images=image, size=size, half_pixel_centers=True))
+
+            return decoded(corner, tf.maximum(tf.round(last), corner + 1), resize)
 
         is_same = tf.reduce_all(resized == stored)
         return tf.case(
-            [(is_same, lambda: decoded(first, last, None)), (tf.convert_to_tensor(is_linear), linear)], default=exact
+            [(is_same, lambda: decoded(first, last, None)), (tf.convert_to_tensor(is_linear), linear)],
+            default=lambda: decoded(*resized_window(stored, resized, top_left, extent)),
         )
-
-
-def _resized(size, side):
-    """The size of frames whose shorter side becomes `side`, rounded as in decoding."""
-    shorter, longer = tf.reduce_min(size), tf.reduce_max(size)
-    longer = (2 * longer * side + shorter) // (2 * shorter)
-    return tf.where(size == shorter, side, longer)
 
 
 # Files, wherever they are
