@@ -58,12 +58,13 @@ class GrpcClient:
     def predict(self, inputs, signature_name="serving_default", version=None):
         """Outputs by name, as arrays, of inputs by name: arrays (of bytes for strings), or `TensorProto`s."""
         import tensorflow as tf
+        from tensorflow.core.framework import tensor_pb2
         from tensorflow_serving.apis import predict_pb2
 
         request = predict_pb2.PredictRequest()
         self._fill_spec(request.model_spec, version, signature_name)
         for name, value in inputs.items():
-            is_proto = isinstance(value, tf.core.framework.tensor_pb2.TensorProto)
+            is_proto = isinstance(value, tensor_pb2.TensorProto)
             request.inputs[name].CopyFrom(value if is_proto else tf.make_tensor_proto(value))
         response = self._call(self._stub.Predict, request)
         return {name: _texts(tf.make_ndarray(value)) for name, value in response.outputs.items()}

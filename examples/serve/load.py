@@ -27,6 +27,7 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 import keras  # noqa: E402
 import numpy as np  # noqa: E402
 import tensorflow as tf  # noqa: E402
+from tensorflow.core.framework import tensor_pb2  # noqa: E402
 
 from keras_nonlocal.applications import C2DResNet11, preprocess_input  # noqa: E402
 
@@ -55,7 +56,7 @@ class Clip:
         rows, columns = np.arange(height) * 4 // height, np.arange(width) * 4 // width
         self.pixels = patches[:, rows][:, :, columns][None]
         self.files = encode_jpeg(self.pixels[0])[None]
-        decoded = np.stack([tf.io.decode_jpeg(file, 3).numpy() for file in self.files[0]])[None]
+        decoded = np.stack([decode_jpeg(file) for file in self.files[0]])[None]
         self.scores = {"serving_default": scores(model, self.pixels), "jpeg": scores(model, decoded)}
 
 
@@ -63,10 +64,14 @@ def scores(model, pixels):
     return np.asarray(model(preprocess_input(pixels), training=False), "float32")
 
 
+def decode_jpeg(file):
+    # The DCT of the signature `jpeg`; TensorFlow's usual one is less exact.
+    return tf.io.decode_jpeg(file, 3, dct_method="INTEGER_ACCURATE").numpy()
+
+
 def _proto(shape, content):
-    shape = tf.TensorShape(shape).as_proto()
-    return tf.core.framework.tensor_pb2.TensorProto(
-        dtype=tf.uint8.as_datatype_enum, tensor_shape=shape, tensor_content=content
+    return tensor_pb2.TensorProto(
+        dtype=tf.uint8.as_datatype_enum, tensor_shape=tf.TensorShape(shape).as_proto(), tensor_content=content
     )
 
 
@@ -293,10 +298,9 @@ def resident_bytes(pid):
 
 
 @contextlib.contextmanager
-def server(*flags):
+def server(*flags, path=""):
     """Starts server.py at free ports; gives `(process, addresses)` once it answers. It ends with the block."""
-    # Without this package on its path: it has to do without.
-    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    environment = os.environ | {"PYTHONPATH": str(path)}  # not this package's: the server has to do without
     command = [sys.executable, str(HERE / "server.py"), "--port=0", "--rest_api_port=0", *flags]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment) as process:
         try:
@@ -360,7 +364,8 @@ def markdown(figures):
         lines += [
             "",
             f"The server's memory: {memory['then']:.0f} MiB after {memory['after_requests']} requests, "
-            f"{memory['at_the_end']:.0f} MiB after the last ({memory['growth']:+.1f}), at most {memory['largest']:.0f}.",
+            f"{memory['at_the_end']:.0f} MiB after the last ({memory['growth']:+.1f}), "
+            f"at most {memory['largest']:.0f} MiB.",
         ]
     lines += ["", "| bad request | refusal |", "|---|---|"]
     lines += [f"| {kind} | {refusal.replace('|', '/')} |" for kind, refusal in figures["refusals"].items()]

@@ -3,9 +3,9 @@
     pip install ".[serve]"
     python examples/serve/server.py --model_name=nonlocal --model_base_path=served/nonlocal
 
-For tests, development and machines that cannot run TensorFlow Serving's container (docker-compose.yml does). Its flags
-are those of `tensorflow_model_server`. The newest version is served, the next one as soon as it is loaded and has answered
-its warm-up requests. Requests are not batched.
+For tests, development and machines that cannot run TensorFlow Serving's container (docker-compose.yml does). The flags
+are those of `tensorflow_model_server`. The newest version is served, the next one as soon as it is loaded and has
+answered its warm-up requests. Requests are not batched.
 
     gRPC  PredictionService.Predict, PredictionService.GetModelMetadata, ModelService.GetModelStatus
     REST  POST /v1/models/NAME[/versions/N]:predict, GET /v1/models/NAME[/versions/N][/metadata]
