@@ -93,7 +93,10 @@ BAD = {
         "truncated JPEG": ("jpeg", lambda clip, huge: _truncated(clip)),
         "empty batch": ("serving_default", lambda clip, huge: {"clips": clip.pixels[:0]}),
         # As told in its shape: 3 bytes that say they were 30 GB a frame.
-        "huge size": ("serving_default", lambda clip, huge: {"clips": _proto([1, 8, 10**5, 10**5, 3], b"abc")}),
+        "huge size": (
+            "serving_default",
+            lambda clip, huge: {"clips": _proto([1, clip.pixels.shape[1], 10**5, 10**5, 3], b"abc")},
+        ),
         "huge message": ("serving_default", lambda clip, huge: {"clips": _proto([huge], bytes(huge))}),
     },
     "REST": {

@@ -333,7 +333,7 @@ class RestHandler(http.server.BaseHTTPRequestHandler):
         if length <= self.limit:
             return self.rfile.read(length)
         # Read and forgotten, as a client reads no answer before it has sent; one that sends for ever is cut off.
-        self.close_connection = True
+        self.close_connection = length > 8 * self.limit
         for start in range(0, min(length, 8 * self.limit), 1 << 20):
             self.rfile.read(min(1 << 20, length - start))
         self._send(413, {"error": f"A request must have at most {self.limit} bytes. Received: {length} bytes"})
@@ -354,6 +354,8 @@ class RestHandler(http.server.BaseHTTPRequestHandler):
         self.send_response(status)
         self.send_header("Content-Type", "application/json")
         self.send_header("Content-Length", str(len(body)))
+        if self.close_connection:
+            self.send_header("Connection", "close")
         self.end_headers()
         self.wfile.write(body)
 
