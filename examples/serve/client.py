@@ -135,7 +135,7 @@ class RestClient:
         answer = self._request("GET", self._path(version) + "/metadata")
 
         def described(infos):
-            return {name: (info["dtype"][3:].lower(), _sizes(info["tensor_shape"])) for name, info in infos.items()}
+            return {name: (_dtype(info["dtype"]), _sizes(info["tensor_shape"])) for name, info in infos.items()}
 
         signatures = answer["metadata"]["signature_def"]["signature_def"].items()
         return int(answer["model_spec"]["version"]), {
@@ -177,6 +177,11 @@ def _jsonable(value):
 
 def _texts(array):
     return array if array.dtype != object else np.char.decode(array.astype("S"))
+
+
+def _dtype(name):
+    """`"DT_FLOAT"` → `"float32"`."""
+    return {"DT_FLOAT": "float32", "DT_DOUBLE": "float64"}.get(name, name.removeprefix("DT_").lower())
 
 
 def _sizes(shape):

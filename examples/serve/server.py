@@ -404,12 +404,12 @@ class RestHandler(http.server.BaseHTTPRequestHandler):
 
 
 def _named(value, names):
-    """A value for each input: an object with them all, or the one there is."""
-    if len(names) == 1 and not (isinstance(value, dict) and set(value) == set(names)):
-        return {names[0]: value}
-    if not isinstance(value, dict):
+    """A value for each input: an object with them, or the one there is."""
+    if isinstance(value, dict) and set(value) != {"b64"}:
+        return value
+    if len(names) > 1:
         raise Refused(f"The inputs must be an object with {sorted(names)}. Received: {type(value).__name__}")
-    return value
+    return {names[0]: value}
 
 
 def _columns(instances, names):
