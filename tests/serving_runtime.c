@@ -66,6 +66,7 @@ static TF_Tensor *read_tensor(TF_DataType dtype, char *shape, const char *path) 
   } else {
     transfer(fread(TF_TensorData(tensor), size, count, file), count, path);
   }
+  if (fgetc(file) != EOF) fail(path, "has another size");
   fclose(file);
   return tensor;
 }

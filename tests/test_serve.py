@@ -435,7 +435,7 @@ def test_load_sees_wrong_scores_and_answers_that_ought_to_be_refusals(model, ser
     head.bias.assign(head.bias + np.array([1e-4, 0, 0, 0], "float32"))
     answered = {"wrong rank": ("serving_default", lambda clip, huge: {"clips": clip.pixels})}
     monkeypatch.setattr(load, "BAD", {protocol: answered for protocol in load.BAD})
-    code, figures = run_load(other, server, tmp_path, "--requests", "20", "--clients", "2", "--max-growth", "-1e9")
+    code, figures = run_load(other, server, tmp_path, "--requests", "20", "--clients", "2", "--max-growth=-1e9")
     assert code == 1
     problems = figures["problems"]
     assert sum("scores that are off by" in problem for problem in problems) >= figures["good"]
@@ -519,12 +519,13 @@ def run_in_c(program, export, signature, inputs, folder):
     definition = graph.signature_def[signature]
     arguments = []
     for name, value in inputs.items():
-        info = definition.inputs[name]
         content = value.tobytes()
         if value.dtype == object:
             content = b"".join(len(item).to_bytes(8, "little") + item for item in value.flat)
         (folder / name).write_bytes(content)
-        arguments += [info.name, str(info.dtype), ",".join(map(str, value.shape)), folder / name]
+        dtype = tf.string if value.dtype == object else tf.as_dtype(value.dtype)
+        shape = ",".join(map(str, value.shape))
+        arguments += [definition.inputs[name].name, str(dtype.as_datatype_enum), shape, folder / name]
     arguments.append("--")
     for name, info in definition.outputs.items():
         arguments += [info.name, folder / f"out-{name}"]

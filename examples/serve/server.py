@@ -78,7 +78,7 @@ class Version:
 
     def __init__(self, path, limit):
         self.number = int(path.name)
-        self._limit = limit
+        self._limit = math.inf  # what comes with the model may be of any size
         self._loaded = tf.saved_model.load(str(path))
         (graph,) = saved_model_pb2.SavedModel.FromString((path / "saved_model.pb").read_bytes()).meta_graphs
         self.signatures = {name: copy.deepcopy(value) for name, value in graph.signature_def.items()}  # not the graph
@@ -86,6 +86,7 @@ class Version:
             for record in tf.data.TFRecordDataset(str(path / WARM_UP)).as_numpy_iterator():
                 request = prediction_log_pb2.PredictionLog.FromString(record).predict_log.request
                 self.predict(request.model_spec.signature_name, request.inputs, self.tensor_from_proto)
+        self._limit = limit
 
     def predict(self, signature_name, inputs, to_tensor):
         """Outputs by name; `to_tensor(name, value, info)` checks and converts a value of `inputs`."""
