@@ -432,7 +432,7 @@ def test_load_sees_wrong_scores_and_answers_that_ought_to_be_refusals(model, ser
     other = keras.models.clone_model(model)
     other.set_weights(model.get_weights())
     head = other.get_layer("pred")
-    head.bias.assign(head.bias + np.array([1e-4, 0, 0, 0], "float32"))
+    head.bias.assign(head.bias + np.array([0.01, 0, 0, 0], "float32"))
     answered = {"wrong rank": ("serving_default", lambda clip, huge: {"clips": clip.pixels})}
     monkeypatch.setattr(load, "BAD", {protocol: answered for protocol in load.BAD})
     code, figures = run_load(other, server, tmp_path, "--requests", "20", "--clients", "2", "--max-growth=-1e9")

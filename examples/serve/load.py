@@ -330,7 +330,7 @@ def example_network(num_frames, size, classes=10):
         if layer.name.startswith("nonlocal"):
             layer.norm.gamma.assign(rng.normal(size=layer.norm.gamma.shape))
     head = model.get_layer("pred")
-    head.kernel.assign(0.1 * rng.normal(size=head.kernel.shape))
+    head.kernel.assign(0.02 * rng.normal(size=head.kernel.shape))
     return model
 
 
@@ -392,7 +392,7 @@ def main(argv=None):
     parser.add_argument(
         "--num-frames", type=int, default=8, help="of clips, where MODEL takes any (default: %(default)s)"
     )
-    parser.add_argument("--image-size", type=int, default=112, help="likewise (default: %(default)s)")
+    parser.add_argument("--image-size", type=int, default=64, help="likewise (default: %(default)s)")
     parser.add_argument("--huge", type=int, default=129, help="MiB of a huge message (default: %(default)s)")
     parser.add_argument("--max-growth", type=float, default=64, help="MiB that count as flat (default: %(default)s)")
     parser.add_argument("--out", help="folder for load.md and load.json")
