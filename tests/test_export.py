@@ -663,7 +663,7 @@ def test_verification_finds_nothing(small_export):
     assert all(check.seconds > 0 for check in checks)
     by_name = {check.signature: check for check in checks}
     assert by_name["serving_default"].inputs == {"clips": "uint8 (2, 4, 35, 50, 3)"}
-    assert by_name["jpeg"].inputs == {"frames": "string (1, 4)"}
+    assert by_name["jpeg"].inputs == {"frames": "string (2, 4)"}
     assert by_name["classify"].outputs == {"labels": "string (2, 4)", "scores": "float32 (2, 4)"}
 
 
