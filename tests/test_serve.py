@@ -7,6 +7,7 @@ import json
 import os
 import re
 import shutil
+import socket
 import subprocess
 import sys
 import threading
@@ -193,6 +194,14 @@ def test_output_filter(server):
         response = prediction_service_pb2_grpc.PredictionServiceStub(opened).Predict(request)
     assert list(response.outputs) == ["labels"]
     assert (response.model_spec.signature_name, response.model_spec.version.value) == ("classify", 3)
+
+
+def test_a_dropped_connection_is_opened_anew(server):
+    client = RestClient(server[1]["REST"])
+    assert client.metadata()[0] == 3
+    client._connection.sock.shutdown(socket.SHUT_RDWR)
+    assert client.metadata()[0] == 3
+    client.close()
 
 
 # Refusals

@@ -155,12 +155,15 @@ class RestClient:
         return f"/v1/models/{self.name}" + ("" if version is None else f"/versions/{version}")
 
     def _request(self, method, path, body=None):
+        was_open = self._connection.sock is not None
         try:
             self._connection.request(method, path, body, {"Content-Type": "application/json"})
             response = self._connection.getresponse()
             answer = json.loads(response.read())
         except (OSError, http.client.HTTPException, ValueError) as error:
-            self._connection.close()  # the next request opens it anew
+            self._connection.close()
+            if was_open and isinstance(error, BrokenPipeError | ConnectionResetError):
+                return self._request(method, path, body)  # servers drop connections that were idle
             raise ServingError("UNAVAILABLE", f"{type(error).__name__}: {error}") from error
         if response.status != 200:
             raise ServingError(response.status, answer["error"])
