@@ -357,8 +357,15 @@ np.save(sys.argv[3], loaded.signatures["serving_default"](clips=clips)["scores"]
 
 def export_and_check(model, names, root, out):
     """Exports the model, scores clips with it in a process that has neither Keras nor this package; the difference."""
-    version = out / "saved_model" / str(1 + len(list((out / "saved_model").glob("*"))))  # exports are never replaced
-    export.export_saved_model(model, version, class_names=names)
+    version = export.export_saved_model(  # a new one every time: exports are never replaced
+        model,
+        out / "saved_model",
+        class_names=names,
+        frame_stride=FRAME_STRIDE,
+        shorter_side=HEIGHT,
+        views=(2, 3),
+        sampling="even",
+    )
     paths = [sorted((root / "clips" / "test" / name).glob("*.mp4"))[0] for name in names]
     clips = np.concatenate([load_clip(path) for path in paths])
     np.save(out / "clips.npy", clips)

@@ -21,6 +21,7 @@ from keras_nonlocal import NonLocal3D
 from keras_nonlocal.applications import C2DResNet11, fully_convolutional, preprocess_input
 from keras_nonlocal.cli import _Classifier, main
 from keras_nonlocal.data import VideoReader, clips, load_views, write_video
+from keras_nonlocal.export import read_metadata
 
 ROOT = Path(__file__).resolve().parent.parent
 COLOURS = {"blue": (20, 20, 230), "red": (230, 20, 20)}
@@ -56,13 +57,19 @@ def trained(videos, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def exported(trained, tmp_path_factory):
-    path = tmp_path_factory.mktemp("export") / "colours" / "1"
+    path = tmp_path_factory.mktemp("export") / "colours"
     printed = io.StringIO()
     with contextlib.redirect_stdout(printed):
-        assert main(["export", str(trained), str(path)]) == 0
+        assert main(["export", str(trained), str(path), "--views", "2", "3"]) == 0
     assert printed.getvalue().splitlines() == [
-        f"Wrote {path} for 2 classes: blue, red",
-        "serving_default: clips uint8 (None, 4, None, None, 3) -> scores float32 (None, 2)",
+        f"Wrote {path}/1 for 2 classes: blue, red",
+        "serving_default: clips uint8 (any, 4, any, any, 3) -> scores float32 (any, 2)",
+        "float: clips float32 (any, 4, any, any, 3) -> scores float32 (any, 2)",
+        "classify: clips uint8 (any, 4, any, any, 3) -> labels string (any, 2), scores float32 (any, 2)",
+        "jpeg: frames string (any, 4) -> scores float32 (any, 2)",
+        "views: clips uint8 (any, any, any, any, 3) -> scores float32 (any, 2)",
+        "features: clips uint8 (any, 4, any, any, 3) -> features float32 (any, 128)",
+        "attention: clips uint8 (any, 4, any, any, 3), positions int32 (any, 3) -> weights float32 (any, any, 2, 2, 2)",
     ]
     return path
 
@@ -196,12 +203,12 @@ def test_evaluate_saves_and_resumes(trained, exported, videos, tmp_path, monkeyp
     shutil.copy(f"{trained}.json", f"{other}.json")
     assert "It is of a model of other weights" in error_of(capsys, ["evaluate", other, videos, *options])
     # An export's weights are read, too.
-    of_export = [*options[:2], "--resume", str(tmp_path / "export.jsonl"), "--frame-stride", "1", "--image-size", "32"]
+    of_export = [*options[:2], "--resume", str(tmp_path / "export.jsonl")]
     for expected in (8 * 6, 6):
         scored.clear()
         assert main(["evaluate", str(exported), str(videos), *of_export]) == 0
         assert sum(scored) == expected
-    line = error_of(capsys, ["evaluate", exported, videos, "--fully-convolutional", *of_export[4:]])
+    line = error_of(capsys, ["evaluate", exported, videos, "--fully-convolutional"])
     assert line == f"--fully-convolutional needs a .keras file. Received: MODEL={str(exported)!r}"
 
 
@@ -271,25 +278,112 @@ def test_predict_prints_the_best_classes(trained, videos, capsys):
 
 
 def test_a_saved_model_gives_the_scores_of_the_keras_file(trained, exported, videos, capsys):
-    file = videos / "blue" / "0.mp4"
-    views = ["--clips", 2, "--frame-stride", 1, "--image-size", 32, "--sampling", "even"]
-    (expected,) = predictions(capsys, [trained, file, *views])
-    (result,) = predictions(capsys, [exported, file, *views])
-    for a, b in zip(result["predictions"], expected["predictions"], strict=True):
-        assert a["class"] == b["class"] and a["score"] == pytest.approx(b["score"], abs=1e-5)
-    assert expected["predictions"][0]["class"] == "blue"
+    """Without any option about clips: the export says what it wants."""
+    metadata = read_metadata(exported)["preprocessing"]
+    names = ("num_frames", "frame_stride", "image_size", "shorter_side", "views")
+    assert [metadata[name] for name in names] == [4, 1, [32, 32], 32, [2, 3]]
+    files = [videos / "blue" / "0.mp4", videos / "red" / "2.mp4"]
+    views = ["--clips", 2, "--crops", 3, "--sampling", "even"]
+    expected = predictions(capsys, [trained, *files, *views])
+    for model in (exported, exported / "1"):
+        results = predictions(capsys, [model, *files, *views])
+        for result, entry in zip(results, expected, strict=True):
+            for a, b in zip(result["predictions"], entry["predictions"], strict=True):
+                assert a["class"] == b["class"] and a["score"] == pytest.approx(b["score"], abs=1e-5)
+    assert [entry["predictions"][0]["class"] for entry in expected] == ["blue", "red"]
+    line = error_of(capsys, ["predict", exported, files[0], "--image-size", 24])
+    assert line == "the model takes frames of 32x32 pixels. Received: --image-size 24"
+    line = error_of(capsys, ["predict", exported, files[0], "--num-frames", 8])
+    assert line == "the model takes clips of 4 frames. Received: --num-frames 8"
+
+
+def test_the_newest_version_predicts(trained, exported, videos, tmp_path, capsys):
+    folder = shutil.copytree(exported, tmp_path / "colours")
+    options = ["--class-names", "azure,rose", "--jit-compile", "--no-warmup", "--sampling", "even", "--frame-stride", 2]
+    assert main(list(map(str, ["export", trained, folder, *options, "--top-k", 1]))) == 0
+    assert f"Wrote {folder}/2 for 2 classes: azure, rose\n" in capsys.readouterr().out
+    metadata = read_metadata(folder)
+    assert metadata["jit_compile"] and metadata["preprocessing"]["frame_stride"] == 2
+    assert metadata["preprocessing"]["views"] == [10, 3] and metadata["preprocessing"]["sampling"] == "even"
+    assert metadata["signatures"]["classify"]["outputs"]["labels"]["shape"] == [None, 1]
+    assert not (folder / "2" / "assets.extra").exists()
+    (result,) = predictions(capsys, [folder, videos / "red" / "0.mp4"])
+    assert result["predictions"][0]["class"] == "rose"
+    (result,) = predictions(capsys, [folder / "1", videos / "red" / "0.mp4"])
+    assert result["predictions"][0]["class"] == "red"
+    line = error_of(capsys, ["export", trained, folder, "--version", 2])
+    assert line == f"The version exists, and exports are never overwritten. Received: '{folder}/2'"
 
 
 def test_a_saved_model_without_names_is_evaluated(trained, videos, tmp_path, capsys):
     """Without the settings beside it, options and the model's shape say the rest."""
     bare = shutil.copy(trained, tmp_path / "bare.keras")
-    assert main(["export", str(bare), str(tmp_path / "1")]) == 0
-    assert f"Wrote {tmp_path / '1'}\n" in capsys.readouterr().out
+    assert main(["export", str(bare), str(tmp_path / "bare")]) == 0
+    printed = capsys.readouterr().out
+    assert f"Wrote {tmp_path / 'bare' / '1'}\n" in printed
+    assert "\nno classify: there are no class names\nno views: it needs frame_stride and image_size\n" in printed
     clips = ["--frame-stride", "1", "--image-size", "32"]
-    assert main(["evaluate", str(tmp_path / "1"), str(videos), "--clips", "1", "--crops", "1", *clips]) == 0
+    assert main(["evaluate", str(tmp_path / "bare"), str(videos), "--clips", "1", "--crops", "1", *clips]) == 0
     assert "top-1  1.0000" in capsys.readouterr().out
-    (result,) = predictions(capsys, [tmp_path / "1", videos / "red" / "0.mp4", *clips])
+    (result,) = predictions(capsys, [tmp_path / "bare", videos / "red" / "0.mp4", *clips])
     assert result["predictions"][0]["class"] == "1"
+    line = error_of(capsys, ["predict", tmp_path / "bare", videos / "red" / "0.mp4"])
+    file = tmp_path / "bare" / "1" / "assets" / "metadata.json"
+    assert line == (
+        f"neither {file} nor the model says what --frame-stride and --image-size should be. Give the option"
+    )
+
+
+def test_predict_scores_several_videos_in_a_batch(trained, videos, tmp_path, monkeypatch, capsys):
+    """Also across a broken one; the order stays."""
+    (tmp_path / "broken.mp4").write_bytes(b"no video")
+    good = [str(path) for path in sorted(videos.rglob("*.mp4"))]
+    expected = {file: predictions(capsys, [trained, file])[0] for file in (good[0], good[4])}
+    sizes = []
+    predict = _Classifier.predict_on_batch
+    monkeypatch.setattr(
+        _Classifier, "predict_on_batch", lambda self, clips: sizes.append(len(clips)) or predict(self, clips)
+    )
+    for options, batches in (((), [5, 3]), (("--clips", "1", "--crops", "3"), [5, 5, 5, 5, 4])):
+        sizes.clear()
+        files = [*good[:2], str(tmp_path / "broken.mp4"), *good[2:]]
+        assert main(["predict", "--json", str(trained), *files, "--batch-size", "5", *options]) == 1
+        captured = capsys.readouterr()
+        results = [json.loads(line) for line in captured.out.splitlines()]
+        assert [result["video"] for result in results] == good and sizes == batches
+        assert captured.err.count("Cannot decode") == 1 and len(captured.err.splitlines()) == 1
+        if not options:
+            for result in results:
+                alone = expected.get(result["video"], result)
+                for a, b in zip(result["predictions"], alone["predictions"], strict=True):
+                    assert a["class"] == b["class"] and a["score"] == pytest.approx(b["score"], abs=1e-5)
+
+
+def test_predict_shows_its_progress_on_a_terminal(trained, videos, monkeypatch, capsys):
+    files = [str(videos / "red" / f"{number}.mp4") for number in range(3)]
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    assert main(["predict", str(trained), *files, "--batch-size", "2"]) == 0
+    captured = capsys.readouterr()
+    assert [text for text in re.split(r"\r|\x1b\[K", captured.err) if text] == [
+        f"{done} of 3 videos" for done in range(3)
+    ]
+    assert captured.err.endswith("\r\x1b[K") and "of 3" not in captured.out  # the line is clean again
+
+
+def test_verify_prints_a_row_a_signature(exported, tmp_path, capsys):
+    assert main(["verify", str(exported)]) == 0
+    rows = capsys.readouterr().out.splitlines()
+    assert [row.split()[:2] for row in rows] == [
+        [name, "ok"] for name in ("serving_default", "float", "classify", "jpeg", "views", "features", "attention")
+    ]
+    assert re.fullmatch(
+        r"serving_default  ok  \(clips uint8 \(2, 4, 35, 42, 3\) -> scores float32 \(2, 2\), \d+\.\d\d s\)", rows[0]
+    )
+    damaged = shutil.copytree(exported / "1", tmp_path / "1")
+    (damaged / "variables" / "variables.index").unlink()
+    assert main(["verify", str(damaged)]) == 1
+    rows = capsys.readouterr().out.splitlines()
+    assert len(rows) == 7 and all("the process ended with code 1: " in row for row in rows)
 
 
 def test_a_broken_video_does_not_stop_the_others(trained, videos, tmp_path, capsys):
@@ -380,12 +474,15 @@ def test_train_starts_a_new_head(trained, videos, tmp_path, untrained):
         (["predict", "@TEXT", "a.mp4"], "cannot load @TEXT: File not found: filepath=@TEXT. Please ensure"),
         (["predict", "missing.keras", "a.mp4"], "MODEL does not exist. Received: MODEL='missing.keras'"),
         (["predict", __file__, "a.mp4"], "MODEL must be a .keras file or an exported SavedModel"),
-        (["predict", "@DATA", "a.mp4"], "cannot load @DATA: SavedModel file does not exist"),
+        (["predict", "@DATA", "a.mp4"], "cannot load @DATA: `path` must be a folder that `export_saved_model` wrote"),
+        (["verify", "@DATA"], "`path` must be a folder that `export_saved_model` wrote, or that of a version in it."),
         (["predict", "@BARE", "a.mp4"], "model says what --frame-stride and --image-size should be. Give the option"),
         (["predict", "@MODEL", "@DATA/red/0.mp4", "--image-size", "64"], "must not be larger than `shorter_side`"),
         (["predict", "@MODEL", "@DATA/red/0.mp4", "--image-size", "4"], "of the shape (1, 4, 4, 4, 3): ValueError"),
         (["predict", "@NAMES", "a.mp4"], "must be 2, as its scores. Received: class_names=['one']"),
-        (["export", "@MODEL", "@DATA"], "`path` must not exist, exports are never overwritten. Received: path='@DATA'"),
+        (["export", "@MODEL", "@DATA/red/0.mp4"], "`path` must be a folder, or not exist. Received: path='@DATA/red"),
+        (["export", "@MODEL", "@OUT", "--num-frames", "8"], "`num_frames` must be the model's, 4. Received: num_fra"),
+        (["export", "@MODEL", "@OUT", "--version", "0"], "--version: must be a positive integer. Received: '0'"),
         (
             ["export", "@MODEL", "@OUT", "--class-names", "a,b,c"],
             "each of the model's 2 scores. Received: class_names=['a', 'b', 'c']",
@@ -485,7 +582,7 @@ def test_a_model_of_a_fixed_size_says_its_size(tmp_path, videos, capsys):
 
 
 def test_help_names_every_command(capsys):
-    for command in ("train", "evaluate", "predict", "export"):
+    for command in ("train", "evaluate", "predict", "export", "verify"):
         with pytest.raises(SystemExit) as stop:
             main([command, "--help"])
         assert stop.value.code == 0
@@ -496,4 +593,4 @@ def test_the_module_runs_as_a_program():
     command = [sys.executable, "-m", "keras_nonlocal.cli", "--help"]
     result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert result.returncode == 0
-    assert all(name in result.stdout for name in ("train", "evaluate", "predict", "export"))
+    assert all(name in result.stdout for name in ("train", "evaluate", "predict", "export", "verify"))

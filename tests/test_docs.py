@@ -143,7 +143,7 @@ def test_readme_code_runs(tmp_path, monkeypatch):
         smaller = smaller.replace(printed, small)
     monkeypatch.chdir(tmp_path)
     exec(smaller, {})
-    assert (tmp_path / "served" / "1" / "saved_model.pb").exists()
+    assert (tmp_path / "served" / "actions" / "1" / "saved_model.pb").exists()
 
 
 def test_readme_takes_the_weights_of_others(tmp_path, monkeypatch):
@@ -177,6 +177,6 @@ def test_readme_commands_parse():
     """Every `keras-nonlocal …` line is one that the parser takes."""
     lines = [line for block in readme_blocks("bash") for line in block.splitlines()]
     commands = [shlex.split(line, comments=True)[1:] for line in lines if line.startswith("keras-nonlocal ")]
-    assert len(commands) == 6
+    assert len(commands) == 8
     for command in commands:
         cli._parser().parse_args(command)

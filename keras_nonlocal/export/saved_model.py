@@ -311,12 +311,11 @@ def _preparation(model, num_frames, frame_stride, image_size, shorter_side, view
     for name, value, static in (("num_frames", num_frames, frames), ("image_size", image_size, static_size)):
         if static is not None and value != static:
             raise ValueError(f"`{name}` must be the model's, {static}. Received: {name}={value}")
+    numbers = {"num_frames": num_frames, "frame_stride": frame_stride, "shorter_side": shorter_side}
+    pairs = {"image_size": image_size, "views": views}
     return {
-        "num_frames": num_frames,
-        "frame_stride": frame_stride,
-        "shorter_side": shorter_side,
-        "image_size": image_size,
-        "views": views and tuple(views),
+        **{name: None if value is None else int(value) for name, value in numbers.items()},
+        **{name: None if value is None else tuple(map(int, value)) for name, value in pairs.items()},
         "sampling": sampling,
     }
 
