@@ -179,6 +179,7 @@ def test_a_worker_that_dies_or_hangs_is_reported(monkeypatch):
         process.close()
 
 
+@pytest.mark.slow
 def test_quick(tmp_path):
     """TensorFlow peers only: the tests do not need the extra `bench`."""
     command = [sys.executable, str(ROOT / "benchmarks" / "layers.py"), "--quick", "--threads", "2"]
