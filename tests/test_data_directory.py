@@ -5,6 +5,7 @@ import logging
 import os
 import re
 import shutil
+import socket
 import threading
 import time
 
@@ -325,6 +326,7 @@ def test_black_clips_stand_for_broken_videos(partly_broken, caplog):
             assert read_greys(clip[:1]) == [level]
     assert dataset.report.num_good == len(dataset.report.broken) == 20
     assert "; replaced 20 broken files by black: " in dataset.report.summary()
+    assert repr(dataset.report) == f"<DecodeReport: {dataset.report.summary()}>"
     assert sum(r.getMessage().startswith("Replaced a broken video by black. Cannot") for r in caplog.records) == 20
     views = video_dataset_from_directory(folder, on_error="black", **VIEWS)
     assert sum(not clip.any() for clip, _ in views.as_numpy_iterator()) == 20
@@ -513,6 +515,20 @@ def test_shards_give_what_their_videos_give(levels, shard_folder):
     assert not set(training.file_paths) & set(validation.file_paths)
     shown = shown_levels(collect(training)[0]) + shown_levels(collect(validation)[0])
     assert sorted(shown) == list(range(40))
+
+
+@pytest.mark.parametrize("service", ["localhost:5000", "grpc://localhost", "grpc://localhost:x", 5000])
+def test_a_service_is_an_address(shard_folder, service):
+    with pytest.raises(ValueError, match=r'such as "grpc://localhost:5000"\. Received: service='):
+        video_dataset_from_directory(shard_folder, service=service, **SMALL)
+
+
+def test_a_service_that_does_not_run_is_an_error(shard_folder):
+    with socket.socket() as taken:
+        taken.bind(("localhost", 0))  # and nobody listens
+        address = f"grpc://localhost:{taken.getsockname()[1]}"
+        with pytest.raises(ValueError, match=f"a dispatcher that runs .*refused.* Received: service='{address}'"):
+            video_dataset_from_directory(shard_folder, service=address, **SMALL)
 
 
 def test_a_service_gives_each_video_once(shard_folder):

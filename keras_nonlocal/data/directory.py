@@ -6,7 +6,9 @@ Shape letters: B batch, V views (clips x crops), T frames, H and W height and wi
 import itertools
 import logging
 import os
+import socket
 import threading
+import urllib.parse
 
 import numpy as np
 import tensorflow as tf
@@ -38,6 +40,9 @@ class DecodeReport:
         self._broken = {}
         self._is_replaced = is_replaced
         self.skipped_rows = list(skipped_rows)
+
+    def __repr__(self):
+        return f"<DecodeReport: {self.summary()}>"
 
     @property
     def num_good(self):
@@ -191,9 +196,9 @@ def video_dataset_from_directory(
             anew in each pass, of a directory of shards each worker keeps its own. All must make equally many passes,
             begun ones included, as every worker counts its own: the shares of different passes overlap.
         service: String such as `"grpc://localhost:5000"`, the dispatcher of a `tf.data` service whose workers decode.
-            Needs a directory of shards. Each video comes once in a pass, in no certain order. With
-            `reshuffle_each_iteration` random clips depend on the clock, no longer on `seed` alone, as the workers
-            cannot tell one pass from the next.
+            Needs a directory of shards, and a dispatcher that runs already. Each video comes once in a pass, in no
+            certain order. With `reshuffle_each_iteration` random clips depend on the clock, no longer on `seed` alone,
+            as the workers cannot tell one pass from the next.
         num_parallel_calls: Integer, how many videos are decoded at a time. `None` lets `tf.data`
             decide.
         on_error: `"skip"` drops a video that cannot be decoded, logs it once as a warning of the
@@ -297,6 +302,7 @@ def video_dataset_from_directory(
                 distributed=service is not None,
             )
         if service is not None:
+            _check_service(service)
             elements = _distributed(elements, service)
         report = DecodeReport(videos.skipped, is_replaced=on_error == "black")
         dataset = _received(elements, clip, len(own), videos.paths, encoded, with_paths, report, on_error)
@@ -436,6 +442,27 @@ def _shard_videos(index, labels, class_names):
     return Annotations(paths, renumbered, tuple(class_names)), np.flatnonzero(renumbered >= 0)
 
 
+def _check_service(service):
+    """TensorFlow would ask an address at which nobody listens again and again, for ever."""
+    parts = urllib.parse.urlsplit(service) if isinstance(service, str) else None
+    try:
+        is_address = bool(parts and parts.scheme and parts.hostname and parts.port)
+    except ValueError:  # a port that is no number
+        is_address = False
+    if not is_address:
+        raise ValueError(
+            '`service` must be the address of a dispatcher, such as "grpc://localhost:5000". '
+            f"Received: service={service!r}"
+        )
+    if parts.scheme == "grpc":
+        try:
+            socket.create_connection((parts.hostname, parts.port), timeout=10).close()
+        except OSError as error:
+            raise ValueError(
+                f"`service` must be the address of a dispatcher that runs ({error}). Received: service={service!r}"
+            ) from error
+
+
 def _distributed(elements, service):
     """`elements` as the workers of a `tf.data` service make them.
 
@@ -524,12 +551,14 @@ def _received(elements, clip, num_videos, paths, labels, with_paths, report, on_
     dataset = elements.concatenate(tf.data.Dataset.from_tensors(end)).scan(tf.constant(False), remember_good)
     dataset = dataset.filter(lambda frames, number, stays: stays)
 
+    names = [os.fsencode(path) for path in paths]
+
     def labelled(frames, number, stays):
         element = (tf.ensure_shape(frames, clip.shape),)
         if labels is not None:
             element += (tf.gather(labels, number),)
         if with_paths:
-            element += (tf.gather(tf.constant([os.fsencode(path) for path in paths]), number),)
+            element += (tf.gather(tf.constant(names), number),)
         return element if len(element) > 1 else element[0]
 
     # One call at a time: without a number tf.data makes it as many as there are cores, each with a clip.
