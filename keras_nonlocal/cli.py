@@ -301,6 +301,7 @@ def _export(args):
         return 0
     with _reported_as_bad_input():
         metadata = read_metadata(path)
+    print(_described_preparation(metadata["preprocessing"]))
     for name, signature in metadata["signatures"].items():
         inputs, outputs = (
             ", ".join(f"{key} {spec['dtype']} {_shape(spec['shape'])}" for key, spec in signature[side].items())
@@ -310,6 +311,15 @@ def _export(args):
     for name, reason in metadata["left_out"].items():
         print(f"no {name}: {reason}")
     return 0
+
+
+def _described_preparation(preparation):
+    frames, stride, size = (preparation[name] for name in ("num_frames", "frame_stride", "image_size"))
+    clips = f"clips of {frames or 'any number of'} frames" + (f" at stride {stride}" if stride else "")
+    if size is None:
+        return f"{clips}, taken as large as they come"
+    crops = f"cropped to {size[0]}x{size[1]}"
+    return f"{clips}, resized to a shorter side of {preparation['shorter_side']} and {crops} unless they are that large"
 
 
 def _representative_clips(args, sizes):

@@ -63,6 +63,8 @@ def exported(trained, tmp_path_factory):
         assert main(["export", str(trained), str(path), "--views", "2", "3"]) == 0
     assert printed.getvalue().splitlines() == [
         f"Wrote {path}/1 for 2 classes: blue, red",
+        "clips of 4 frames at stride 1, resized to a shorter side of 32 and cropped to 32x32 unless "
+        "they are that large",
         "serving_default: clips uint8 (any, 4, any, any, 3) -> scores float32 (any, 2)",
         "float: clips float32 (any, 4, any, any, 3) -> scores float32 (any, 2)",
         "classify: clips uint8 (any, 4, any, any, 3) -> labels string (any, 2), scores float32 (any, 2)",

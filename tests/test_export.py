@@ -732,6 +732,7 @@ def test_errors_say_what_was_expected(small, tmp_path, monkeypatch):
         with pytest.raises(error, match=message):
             export_saved_model(model, tmp_path / "model", **options)
 
+    failing(r"must be built, .* Received: model='later'$", keras.Sequential([keras.layers.Dense(2)], name="later"))
     images = keras.Sequential([keras.Input((4, 4, 3)), keras.layers.Flatten()])
     failing(r"Received: model.inputs=\[\(None, 4, 4, 3\)\]$", images)
     two = [keras.Input((2, 4, 4, 3)), keras.Input((2, 4, 4, 3))]

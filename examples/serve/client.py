@@ -1,8 +1,8 @@
 """Asks a running server (TensorFlow Serving, or server.py) for the class of a video.
 
     pip install ".[serve]"
-    python examples/serve/client.py some.mp4                                    # gRPC, localhost:8500
-    python examples/serve/client.py some.mp4 --rest http://localhost:8501
+    python examples/serve/client.py some.mp4 --export served/nonlocal           # gRPC; clips as in training
+    python examples/serve/client.py some.mp4 --rest http://localhost:8501 --frame-stride 8 --shorter-side 256
     python examples/serve/client.py some.mp4 --signature jpeg --num-frames 32   # a tenth of the bytes
     python examples/serve/client.py frame-1.jpg frame-2.jpg frame-3.jpg …       # frames as they lie on disk
 
@@ -212,13 +212,18 @@ def read_video(args, client):
     """The inputs of the signature: the clip in the middle of a video."""
     from keras_nonlocal.data import load_views
 
+    trained = {}
+    if args.export:
+        from keras_nonlocal.export import read_metadata
+
+        trained = read_metadata(args.export)["preprocessing"]
     (shape,) = (shape for _, shape in client.metadata()[1]["serving_default"][0].values())
     (clip,) = load_views(
         args.paths[0],
-        args.num_frames or shape[1] or 8,
-        args.frame_stride,
+        args.num_frames or shape[1] or trained.get("num_frames") or 8,
+        args.frame_stride or trained.get("frame_stride") or 8,
         views=(1, 1),
-        shorter_side=args.shorter_side,
+        shorter_side=args.shorter_side or trained.get("shorter_side") or 256,
         image_size="whole",
     )
     return {"frames": encode_jpeg(clip)[None]} if args.signature == "jpeg" else {"clips": clip[None]}
@@ -232,8 +237,9 @@ def main(argv=None):
     parser.add_argument("--name", default="nonlocal", help="of the model (default: %(default)s)")
     parser.add_argument("--signature", default="classify", help="(default: %(default)s; of frames' files: jpeg)")
     parser.add_argument("--num-frames", type=int, help="of the clip (default: what the model takes, else 8)")
-    parser.add_argument("--frame-stride", type=int, default=8, help="(default: %(default)s)")
-    parser.add_argument("--shorter-side", type=int, default=256, help="of what is sent (default: %(default)s)")
+    parser.add_argument("--export", metavar="DIR", help="what is served, which says how its clips are made")
+    parser.add_argument("--frame-stride", type=int, help="(default: what --export says, else 8)")
+    parser.add_argument("--shorter-side", type=int, help="of what is sent (default: what --export says, else 256)")
     args = parser.parse_args(argv)
     client = RestClient(args.rest, args.name) if args.rest else GrpcClient(args.grpc, args.name)
     try:
@@ -245,7 +251,7 @@ def main(argv=None):
         else:
             parser.error(f"Give one video, or files of frames. Received: {args.paths}")
         outputs = client.predict(inputs, args.signature)
-    except ServingError as error:
+    except (ServingError, OSError, ValueError) as error:  # also files that are missing or no videos
         sys.exit(str(error))
     finally:
         client.close()

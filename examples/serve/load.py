@@ -392,7 +392,9 @@ def main(argv=None):
     parser.add_argument(
         "--num-frames", type=int, default=8, help="of clips, where MODEL takes any (default: %(default)s)"
     )
-    parser.add_argument("--image-size", type=int, default=64, help="likewise (default: %(default)s)")
+    parser.add_argument(
+        "--image-size", type=int, default=64, help="likewise; that of the export's crops (default: %(default)s)"
+    )
     parser.add_argument("--huge", type=int, default=129, help="MiB of a huge message (default: %(default)s)")
     parser.add_argument("--max-growth", type=float, default=64, help="MiB that count as flat (default: %(default)s)")
     parser.add_argument("--out", help="folder for load.md and load.json")

@@ -65,11 +65,12 @@ def export_saved_model(
       views as those of `data.load_views`, scored one after the other.
     - `features`: `clips` uint8 → `features` float32 `(B, C)`, what the last layer with weights takes.
     - `attention`: `clips` uint8, `positions` int32 `(Q, 3)`, each `(t, y, x)` in the non-local block's own map →
-      `weights` float32 `(B, Q, T', H', W')`, as the layer's `attention`.
+      `weights` float32 `(B, Q, T', H', W')`, as the layer's `attention`; positions outside of the map are moved inside.
 
-    Frames are resized until their shorter side is `shorter_side` and cropped to `image_size` in the centre, as shards
-    are; pixels of the right size are not touched, and clips of `image_size` pass as they are. Where `image_size` is not
-    known, so do all. A signature that cannot be had is left out, and the metadata say why.
+    Frames are resized until their shorter side is `shorter_side` and cropped to `image_size` in the centre, by the
+    function that shards use for views; frames of files are resized as they are decoded, by FFmpeg, which gives slightly
+    other pixels. Pixels of the right size are not touched, and clips of `image_size` pass as they are. Where
+    `image_size` is not known, so do all. A signature that cannot be had is left out, and the metadata say why.
 
     `assets/metadata.json` says where the model comes from and how it wants its clips, see `read_metadata`;
     `assets/class_names.txt` has a name a line.
@@ -252,6 +253,8 @@ def _versions(path):
 
 
 def _check_model(model, class_names):
+    if not model.built:
+        raise ValueError(f"`model` must be built, which it is once it has an `Input`. Received: model={model.name!r}")
     if len(model.inputs) != 1 or len(model.inputs[0].shape) != 5:
         shapes = [tuple(tensor.shape) for tensor in model.inputs]
         raise ValueError(
@@ -399,7 +402,7 @@ def _signature(*specs):
         def checked(*tensors):
             names = " and ".join(f"`{spec.name}`" for spec in specs)
             sizes = tf.concat([tf.shape(tensor) for tensor in tensors], 0)
-            message = f"{names} must not be empty."
+            message = f"{names} must not be empty"
             with tf.control_dependencies([tf.debugging.assert_positive(sizes, message=message)]):
                 return function(*map(tf.identity, tensors))
 
