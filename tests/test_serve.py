@@ -371,7 +371,7 @@ def warm_up_request(pixels):
 
 
 @pytest.mark.parametrize("protocol", CLIENTS)
-def test_client_command(server, model, tmp_path, capsys, protocol):
+def test_client_command(server, model, folder, tmp_path, capsys, protocol):
     (frames,) = clip(5, frames=8)
     option = {"gRPC": "--grpc", "REST": "--rest"}[protocol], server[1][protocol]
     paths = []
@@ -386,6 +386,13 @@ def test_client_command(server, model, tmp_path, capsys, protocol):
     client_module.main([str(video), *option, "--frame-stride", "2", "--shorter-side", str(SIZE)])
     labels = json.loads(capsys.readouterr().out)["labels"]
     assert sorted(labels) == sorted(NAMES)
+    answers = []
+    for clips in (["--export", str(folder / "nonlocal")], ["--frame-stride", "2", "--shorter-side", "40"]):
+        client_module.main([str(video), *option, *clips])
+        answers.append(json.loads(capsys.readouterr().out))
+    assert answers[0] == answers[1]
+    with pytest.raises(SystemExit, match="Cannot decode .*missing.mp4"):
+        client_module.main([str(tmp_path / "missing.mp4"), *option])
     with pytest.raises(SystemExit, match="must have the shape"):
         client_module.main([str(video), *option, "--num-frames", "3"])
     with pytest.raises(SystemExit, match="2"):
