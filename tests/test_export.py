@@ -118,6 +118,11 @@ def small_export(small, tmp_path_factory):
     return export_saved_model(small, tmp_path_factory.mktemp("small"), NAMES, **CLIPS)
 
 
+@pytest.fixture(scope="module")
+def small_loaded(small_export):
+    return tf.saved_model.load(str(small_export))
+
+
 def clips(*shape):
     return np.random.default_rng(sum(shape)).integers(0, 256, (*shape, 3)).astype("uint8")
 
@@ -450,12 +455,12 @@ def compiled_functions(path):
     return sum(function.attr["_XlaMustCompile"].b for function in functions), len(functions)
 
 
-def test_xla_gives_the_same(small, small_export, tmp_path):
+def test_xla_gives_the_same(small, small_export, small_loaded, tmp_path):
     path = export_saved_model(small, tmp_path, NAMES, **CLIPS, jit_compile=True)
     assert read_metadata(path)["jit_compile"] is True
     assert compiled_functions(path)[0] == 3  # the scores, the features and the weights
     assert compiled_functions(small_export)[0] == 0
-    compiled, plain = tf.saved_model.load(str(path)), tf.saved_model.load(str(small_export))
+    compiled, plain = tf.saved_model.load(str(path)), small_loaded
     value = tf.constant(clips(2, 4, 44, 60))
     given = {name: {"clips": value} for name in SIGNATURES}
     given["float"] = {"clips": tf.cast(value, tf.float32)}
@@ -486,24 +491,24 @@ def test_half_precision_serves_float32_scores(policy, tmp_path):
 
 
 @pytest.mark.parametrize("shape", [(0, 4, 44, 60, 3), (1, 0, 44, 60, 3), (1, 4, 0, 60, 3)])
-def test_empty_clips_are_an_error(small_export, shape):
-    loaded = tf.saved_model.load(str(small_export))
+def test_empty_clips_are_an_error(small_loaded, shape):
     for name in ("serving_default", "views"):
         with pytest.raises(tf.errors.InvalidArgumentError, match="`clips` must not be empty"):
-            loaded.signatures[name](clips=tf.zeros(shape, tf.uint8))
+            small_loaded.signatures[name](clips=tf.zeros(shape, tf.uint8))
     with pytest.raises(tf.errors.InvalidArgumentError, match="`clips` and `positions` must not be empty"):
-        loaded.signatures["attention"](clips=tf.ones((1, 2, 44, 60, 3), tf.uint8), positions=tf.zeros((0, 3), tf.int32))
+        small_loaded.signatures["attention"](
+            clips=tf.ones((1, 2, 44, 60, 3), tf.uint8), positions=tf.zeros((0, 3), tf.int32)
+        )
 
 
-def test_broken_frames_are_an_error(small_export):
-    loaded = tf.saved_model.load(str(small_export))
+def test_broken_frames_are_an_error(small_loaded):
     frames = encoded(clips(1, 2, 44, 60), "JPEG").astype("O")
     frames[0, 1] = frames[0, 1][:300]
     with pytest.raises(tf.errors.InvalidArgumentError, match="JPEG"):
-        loaded.signatures["jpeg"](frames=tf.constant(frames))
+        small_loaded.signatures["jpeg"](frames=tf.constant(frames))
     frames[0, 1] = b"no picture"
     with pytest.raises(tf.errors.InvalidArgumentError, match="image"):
-        loaded.signatures["jpeg"](frames=tf.constant(frames))
+        small_loaded.signatures["jpeg"](frames=tf.constant(frames))
 
 
 # Files

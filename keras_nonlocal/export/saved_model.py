@@ -608,7 +608,7 @@ def _weights_sha256(model):
     """Over the weights in the model's order: of each the path, dtype and shape as text, then its bytes."""
     digest = hashlib.sha256()
     for weight in model.weights:
-        value = np.ascontiguousarray(keras.ops.convert_to_numpy(weight))
+        value = np.ascontiguousarray(weight.numpy())
         digest.update(f"{weight.path} {value.dtype.name} {value.shape}\n".encode())
         digest.update(value.tobytes())
     return digest.hexdigest()
