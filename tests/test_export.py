@@ -692,6 +692,7 @@ def test_verification_runs_in_a_clean_process(small_export, tmp_path):
     assert {check.problem for check in checks} == {"the process ended with code 1: could import []"}
 
 
+@pytest.mark.slow
 def test_verification_finds_faults(small, small_export, tmp_path):
     model = build_small()
     model.set_weights(small.get_weights())
