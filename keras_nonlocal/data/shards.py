@@ -468,9 +468,8 @@ def read_heads(index):
     paths = [_join(index.directory, file) for file in index.files]
 
     def read(name, file, offset):
-        return _read_records(tf.gather(paths, file), offset, 1)[0], _damage_message(
-            name, tf.gather(paths, file), offset
-        )
+        path = tf.gather(paths, file)
+        return _read_records(path, offset, 1)[0], _damage_message(name, path, offset)
 
     places = tf.data.Dataset.from_tensor_slices((_as_bytes(index.paths), index.file_numbers, index.offsets))
     for head, message in places.map(read, num_parallel_calls=tf.data.AUTOTUNE).as_numpy_iterator():

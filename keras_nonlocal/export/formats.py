@@ -17,13 +17,12 @@ import tempfile
 import warnings
 import zipfile
 
-import keras
 import numpy as np
 import tensorflow as tf
 
 from keras_nonlocal.applications import preprocess_input as _preprocess_input
 
-from .saved_model import CLASS_NAMES_FILE, _check_model, export_saved_model
+from .saved_model import CLASS_NAMES_FILE, check_backend, check_model, export_saved_model
 
 # Largest difference to the Keras scores, relative to the largest of these where that is above 1.
 TOLERANCES = {None: 1e-4, "float16": 1e-2, "bfloat16": 0.1, "int8": 0.1}
@@ -60,7 +59,7 @@ def export_model(model, path, format="saved_model", **options):
 
     Example:
 
-    >>> import tempfile
+    >>> import keras, tempfile
     >>> inputs = keras.Input((2, 8, 8, 3))
     >>> model = keras.Model(inputs, keras.layers.GlobalAveragePooling3D()(inputs))
     >>> export_model(model, tempfile.mkdtemp() + "/colours.tflite", "litert", quantization="float16").name
@@ -123,7 +122,7 @@ def export_litert(
 
     Example:
 
-    >>> import tempfile
+    >>> import keras, tempfile
     >>> inputs = keras.Input((2, 8, 8, 3))
     >>> model = keras.Model(inputs, keras.layers.GlobalAveragePooling3D()(inputs))
     >>> path = export_litert(model, tempfile.mkdtemp() + "/colours.tflite", class_names=["red", "green", "blue"])
@@ -305,12 +304,8 @@ class _Network:
     """What is exported: from float32 pixels to scores."""
 
     def __init__(self, model, num_frames, image_size, class_names, preprocess_input):
-        if keras.config.backend() != "tensorflow":
-            raise RuntimeError(
-                "A model is exported on the TensorFlow backend. "
-                f"Received: keras.config.backend()={keras.config.backend()!r}"
-            )
-        _check_model(model, class_names)
+        check_backend("A model")
+        check_model(model, class_names)
         self.model = model
         self.preprocess_input = preprocess_input
         sizes = tuple(model.inputs[0].shape[1:])

@@ -117,14 +117,10 @@ def export_saved_model(
     >>> read_metadata(path)["left_out"]["attention"]
     'the model has no non-local block'
     """
-    if keras.config.backend() != "tensorflow":
-        raise RuntimeError(
-            "A SavedModel is exported on the TensorFlow backend. "
-            f"Received: keras.config.backend()={keras.config.backend()!r}"
-        )
+    check_backend("A SavedModel")
     path = pathlib.Path(path)
     _check_version(path, version)
-    _check_model(model, class_names)
+    check_model(model, class_names)
     if not isinstance(top_k, int) or top_k < 1:
         raise ValueError(f"`top_k` must be a positive integer. Received: top_k={top_k!r}")
     served = _Served(
@@ -230,6 +226,14 @@ def version_folder(path):
 # Checks
 
 
+def check_backend(what):
+    """Raises a `RuntimeError` unless Keras runs on TensorFlow, which all exporters work on."""
+    if keras.config.backend() != "tensorflow":
+        raise RuntimeError(
+            f"{what} is exported on the TensorFlow backend. Received: keras.config.backend()={keras.config.backend()!r}"
+        )
+
+
 def _check_version(path, version):
     if version is not None and (not isinstance(version, (int, np.integer)) or version < 1 or version is True):
         raise ValueError(f"`version` must be a positive integer or None. Received: version={version!r}")
@@ -252,7 +256,8 @@ def _versions(path):
     return [int(entry.name) for entry in path.glob("[0-9]*") if entry.name.isdecimal()]
 
 
-def _check_model(model, class_names):
+def check_model(model, class_names):
+    """Raises a `ValueError` unless the model is one from clips to scores, with a name for each of them if any."""
     if not model.built:
         raise ValueError(f"`model` must be built, which it is once it has an `Input`. Received: model={model.name!r}")
     if len(model.inputs) != 1 or len(model.inputs[0].shape) != 5:
