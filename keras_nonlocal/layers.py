@@ -18,6 +18,7 @@ import numpy as np
 from keras import ops
 
 from keras_nonlocal import ops as nonlocal_ops
+from keras_nonlocal.normalization import BatchNormalization
 
 
 class _NonLocal(keras.layers.Layer):
@@ -88,7 +89,7 @@ class _NonLocal(keras.layers.Layer):
         identity = self.normalization is None  # something must be 0 for the block to start as identity
         self.out = self._projection(channels, inner_channels, "out", kernel_initializer="zeros" if identity else None)
         if self.normalization == "batch":
-            self.norm = keras.layers.BatchNormalization(
+            self.norm = BatchNormalization(
                 momentum=0.9,
                 epsilon=1e-5,
                 gamma_initializer="zeros",

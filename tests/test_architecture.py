@@ -10,12 +10,13 @@ PACKAGE = "keras_nonlocal"
 
 # What stands left in the chain, then what stands beside it.
 TOOLS = ("training", "evaluation", "export", "visualization", "tuning")
-CORE = ("ops", "layers", "applications")
+CORE = ("ops", "normalization", "layers", "applications")
 DOORS = {
     "": set(CORE),  # the package's own __init__
     "ops": set(),
-    "layers": {"ops"},
-    "applications": {"ops", "layers", "checkpoints"},
+    "normalization": set(),
+    "layers": {"ops", "normalization"},
+    "applications": {"ops", "normalization", "layers", "checkpoints"},
     **{tool: {*CORE} for tool in TOOLS},
     "export": {*CORE, "data"},  # an exported graph samples, resizes and crops by the same functions as the datasets
     "cli": {*CORE, *TOOLS, "checkpoints", "data"},
@@ -255,5 +256,5 @@ def test_importing_the_package_is_light():
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True)
     modules = set(result.stdout.split())
     rooms = {room_of(name) for name in modules if name.startswith(PACKAGE)}
-    assert rooms == {"", "_version", "ops", "layers", "checkpoints", "applications"}
+    assert rooms == {"", "_version", "ops", "normalization", "layers", "checkpoints", "applications"}
     assert not {name.split(".")[0] for name in modules} & (OPTIONAL | {"tensorflow"})
