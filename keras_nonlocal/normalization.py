@@ -61,6 +61,7 @@ def normalize_batch(x, gamma, beta, epsilon):
     >>> [keras.ops.convert_to_numpy(values).round(3).tolist() for values in (y, mean, variance)]
     [[[-1.0, 0.0], [1.0, 0.0]], [2.0, 5.0], [1.0, 0.0]]
     """
+    x = ops.convert_to_tensor(x)
     dtype = keras.backend.result_type(x.dtype, "float32")
     constant = ops.cast(ops.stop_gradient(x), dtype)
     mean = _column_means(constant)  # C

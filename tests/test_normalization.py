@@ -3,6 +3,7 @@
 import keras
 import numpy as np
 import pytest
+from keras import ops
 
 from keras_nonlocal import normalization
 from keras_nonlocal.normalization import BatchNormalization, normalize_batch
@@ -39,9 +40,9 @@ def calls(monkeypatch):
 @pytest.mark.parametrize("dtype, tolerance", [("float32", 1e-5), ("bfloat16", 0.03), ("float16", 4e-3)])
 def test_equations(rng, dtype, tolerance):
     x, direction = rng.normal(2.0, 3.0, (11, 4)), rng.normal(size=(11, 4))
-    x, direction = (to_numpy(keras.ops.cast(values, dtype)) for values in (x, direction))  # what the type can hold
+    x, direction = (to_numpy(ops.cast(values, dtype)) for values in (x, direction))  # what the type can hold
     gamma, beta = rng.normal(size=(2, 4)).astype("float32")
-    y, mean, variance = normalize_batch(keras.ops.cast(x, dtype), gamma, beta, 1e-3)
+    y, mean, variance = normalize_batch(ops.cast(x, dtype), gamma, beta, 1e-3)
     expected, expected_gradients = reference.batch_normalization(x, gamma, beta, 1e-3, direction)
     assert dtype_of(y) == dtype and dtype_of(mean) == dtype_of(variance) == "float32"
     assert_close(y, expected, tolerance)
@@ -49,8 +50,8 @@ def test_equations(rng, dtype, tolerance):
     assert_close(variance, np.var(np.float64(x), axis=0))
 
     def total(x, gamma, beta):
-        y = normalize_batch(keras.ops.cast(x, dtype), gamma, beta, 1e-3)[0]
-        return keras.ops.cast(y, "float32") * direction
+        y = normalize_batch(ops.cast(x, dtype), gamma, beta, 1e-3)[0]
+        return ops.multiply(ops.cast(y, "float32"), direction)
 
     _, actual = gradients(total, [x, gamma, beta])
     for values, theirs in zip(actual, expected_gradients, strict=True):
@@ -64,8 +65,13 @@ def test_is_the_keras_layer(rng, calls, shape, options):
     x, direction = rng.normal(1.0, 2.0, (2, *shape)).astype("float32")
     results = []
     for layer in (ours, theirs):
-        _, found = weight_gradients(layer, lambda y: keras.ops.sum(y * direction), x, training=True)
-        _, (d_x,) = gradients(lambda x, layer=layer: layer(x, training=True) * direction, [x])
+        _, found = weight_gradients(layer, lambda y: ops.sum(ops.multiply(y, direction)), x, training=True)
+        state = [
+            [weight.value for weight in weights] for weights in (layer.trainable_weights, layer.non_trainable_weights)
+        ]
+        _, (d_x,) = gradients(
+            lambda x, s=state, call=layer.stateless_call: ops.multiply(call(*s, x, training=True)[0], direction), [x]
+        )
         results.append([layer(x, training=True), d_x, *found, *layer.get_weights(), layer(x, training=False)])
     assert len(calls) >= 3
     for actual, expected in zip(*results, strict=True):
@@ -80,7 +86,9 @@ def test_far_from_zero(rng):
     y, _, variance = normalize_batch(x, gamma, beta, 1e-3)
     assert_close(variance, np.var(np.float64(x), axis=0), 1e-4)
     assert_close(y, expected, 1e-3)
-    assert_close(gradients(lambda x: normalize_batch(x, gamma, beta, 1e-3)[0] * direction, [x])[1][0], d_x, 2e-3)
+    assert_close(
+        gradients(lambda x: ops.multiply(normalize_batch(x, gamma, beta, 1e-3)[0], direction), [x])[1][0], d_x, 2e-3
+    )
 
 
 @pytest.mark.parametrize(
