@@ -79,7 +79,7 @@ def test_is_the_keras_layer(rng, calls, shape, options):
 
 
 def test_far_from_zero(rng):
-    """Where the mean is 1000 deviations, neither the variance nor the gradient may be lost more than Keras loses it."""
+    """Where the mean is 1000 deviations, neither the variance nor the gradient is lost in differences."""
     x, direction = rng.normal(1000.0, 1.0, (128, 3)).astype("float32"), rng.normal(size=(128, 3)).astype("float32")
     gamma, beta = np.ones(3, "float32"), np.zeros(3, "float32")
     expected, (d_x, *_) = reference.batch_normalization(x, gamma, beta, 1e-3, direction)
