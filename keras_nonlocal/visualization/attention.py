@@ -14,8 +14,8 @@ import numpy as np
 from keras_nonlocal.applications import preprocess_input as _preprocess_input
 from keras_nonlocal.visualization.geometry import Axis, find_place, non_local_layers
 
-# Weights held at a time while the most attended position is looked for (float32: 16 MiB).
-MAX_WEIGHTS = 2**22
+# Weights held at a time while the most attended position is looked for (float32: 32 MiB).
+MAX_WEIGHTS = 2**23
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,9 +50,10 @@ class Attention:
         Returns:
             Float32 array of shape `(T, H, W)`.
         """
-        has_key = np.ix_(*(keys >= 0 for keys in self.keys))
-        heat = self.weights[np.ix_(*self.keys)]  # the last key's where there is none
-        return np.where(has_key[0] & has_key[1] & has_key[2], heat, np.float32(0))
+        heat = self.weights[np.ix_(*self.keys)]  # where there is none, the last key's
+        for axis, keys in enumerate(self.keys):
+            heat[(slice(None),) * axis + (keys < 0,)] = 0
+        return heat
 
     def strongest(self, count=20):
         """The keys with the largest weights of either sign, the strongest first.
@@ -204,11 +205,18 @@ def _weights(layer, features, queries):
 
 def _most_attended(layer, features, sizes, centres, clip_shape):
     """The pixel at the centre of the key with the largest mean |weight|."""
-    total = np.zeros([len(axis) for axis in centres])
-    queries = np.stack(np.unravel_index(np.arange(np.prod(sizes)), sizes), axis=-1)
-    chunk = max(MAX_WEIGHTS // total.size, 1)
-    for first in range(0, len(queries), chunk):
-        total += np.abs(_weights(layer, features, queries[first : first + chunk])).sum(axis=0, dtype="float64")
+    total = np.zeros([len(axis) for axis in centres])  # of each key, over the queries, all of which are in its window
+    window = [w or size for w, size in zip(layer.window or (None,) * 3, sizes, strict=True)]
+    grid = [size // w for size, w in zip(sizes, window, strict=True)]
+    in_window = [keys // number for keys, number in zip(total.shape, grid, strict=True)]
+    queries = np.stack(np.unravel_index(np.arange(np.prod(window)), window), axis=-1)
+    chunk = max(MAX_WEIGHTS // int(np.prod(in_window)), 1)
+    axes = (slice(None),) * (2 if layer.data_format == "channels_first" else 1)
+    for number in np.ndindex(*grid):
+        part = features[(*axes, *(slice(n * w, (n + 1) * w) for n, w in zip(number, window, strict=True)))]
+        keys = total[tuple(slice(n * size, (n + 1) * size) for n, size in zip(number, in_window, strict=True))]
+        for first in range(0, len(queries), chunk):
+            keys += np.abs(_weights(layer, part, queries[first : first + chunk])).sum(axis=0, dtype="float64")
     key = np.unravel_index(total.argmax(), total.shape)
     return tuple(
         int(_nearest(np.arange(pixels), [axis[k]])[0]) for pixels, axis, k in zip(clip_shape, centres, key, strict=True)

@@ -173,7 +173,7 @@ class _Scale:
 
     def labels(self):
         """What stands below the bar, from left to right."""
-        return ([f"−{self.largest:.3g}"] if self.is_signed else []) + ["0", f"{self.largest:.3g}"]
+        return ([f"-{self.largest:.3g}"] if self.is_signed else []) + ["0", f"{self.largest:.3g}"]
 
     def bar(self, size):
         """The colours of all weights, from left to right."""
@@ -221,8 +221,10 @@ class _Sheet:
         self.picture = Image.new("RGB", (width, TITLE + rows * (frame_height + GAP) + FOOTER), "white")
         self._draw = ImageDraw.Draw(self.picture)
         for column, frame in enumerate(frames):
-            is_query = frame == attention.position[0]
-            self._text(column * (self.size[0] + GAP) + 2, 3, f"frame {frame}" + (" (query)" if is_query else ""))
+            remark = " (query)" if frame == attention.position[0] else ""
+            titles = [f"frame {frame}{remark}", f"{frame}{remark}", str(frame)]
+            fitting = [title for title in titles if self.font.getlength(title) <= self.size[0]]
+            self._text(column * (self.size[0] + GAP) + 2, 3, (fitting or titles[-1:])[0])
 
     def frame(self, number):
         """A frame at the size at which it is drawn."""
@@ -249,14 +251,19 @@ class _Sheet:
     def draw_arrows(self, ends, weights, scale):
         """From the query, in the first picture, to points; the strongest on top."""
         fine = 3  # Pillow's lines have steps: drawn larger and shrunk, they have none
-        start = np.array(self.point(0, *self.attention.position[1:])) * fine
+        start = np.array(self.point(0, *self.attention.position[1:]))
+        # Bent to where the query has more room, the longer the more: many end in the same row.
+        upwards = self.attention.position[1] >= self.clip.shape[1] / 2
+        edge = TITLE if upwards else TITLE + self.size[1]
         layer = Image.new("RGBA", (self.picture.width * fine, self.picture.height * fine))
         draw = ImageDraw.Draw(layer)
         for end, weight in list(zip(ends, weights, strict=True))[::-1]:
             colour = tuple(np.rint(scale.colours(weight)).astype(int).tolist())
-            width = fine * (1 + 2.5 * float(scale.strength(weight)))
-            for extra, fill in ((2 * fine, (0, 0, 0, 150)), (0, (*colour, 255))):  # a dark edge, then the arrow
-                _arrow(draw, start, np.array(end) * fine, width, extra, fill)
+            end = np.array(end)
+            room = abs((start[1] + end[1]) / 2 - edge)
+            bend = min(0.2 * np.hypot(*(end - start)), 0.8 * room) * (-1 if upwards else 1)
+            width = fine * (0.8 + 1.2 * float(scale.strength(weight)))
+            _draw_arrow(draw, start * fine, end * fine, bend * fine, width, colour, edge=fine)
         layer = layer.resize(self.picture.size, Image.Resampling.BOX)
         self.picture.paste(layer, mask=layer)
 
@@ -289,20 +296,24 @@ class _Sheet:
         self._draw.text((round(x), y), text, TEXT, self.font)
 
 
-def _arrow(draw, start, end, width, extra, fill):
-    """An arrow, or a ring where it would have no length; `extra` makes it wider and longer on all sides."""
-    length, head = float(np.hypot(*(end - start))), 3.2 * width + 8
-    if length < head:
-        box = (*(end - head / 2 - extra / 2), *(end + head / 2 + extra / 2))
-        draw.ellipse(box, outline=fill, width=round(width + extra))
+def _draw_arrow(draw, start, end, bend, width, colour, edge):
+    """A bent arrow, or a ring where it would have no length, with a dark edge."""
+    head = 2.5 * width + 3.5 * edge
+    if np.hypot(*(end - start)) < 2 * head:
+        for extra, fill in ((edge, (0, 0, 0, 160)), (0, colour)):
+            box = (*(end - head / 2 - extra), *(end + head / 2 + extra))
+            draw.ellipse(box, outline=fill, width=round(width + 2 * extra))
         return
-    along = (end - start) / length
+    middle = (start + end) / 2 + (0, 2 * bend)  # of which the curve goes half-way
+    along = (end - middle) / np.hypot(*(end - middle))
     across = np.array([-along[1], along[0]])
     neck = end - along * head
-    draw.line([*start, *(neck + along)], fill=fill, width=round(width + extra))
-    half = head * 0.42 + extra / 2
-    tip, back = end + along * extra, neck - along * extra / 2
-    draw.polygon([tuple(tip), tuple(back + across * half), tuple(back - across * half)], fill=fill)
+    t = np.linspace(0, 1, 60)[:, None]
+    curve = (1 - t) ** 2 * start + 2 * t * (1 - t) * middle + t**2 * (neck + along)
+    for extra, fill in ((edge, (0, 0, 0, 160)), (0, colour)):
+        draw.line([tuple(point) for point in curve], fill=fill, width=round(width + 2 * extra), joint="curve")
+        tip, back, half = end + 2 * along * extra, neck - along * extra, 0.45 * head + 1.5 * extra
+        draw.polygon([tuple(tip), tuple(back + across * half), tuple(back - across * half)], fill=fill)
 
 
 def _spread(num_frames, query_frame, max_frames):
