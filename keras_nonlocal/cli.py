@@ -352,6 +352,44 @@ def _verify(args):
     return 1 if any(check.problem for check in checks) else 0
 
 
+def _visualize(args):
+    out = pathlib.Path(args.out)
+    suffix = out.suffix.lower()
+    if suffix not in (".png", ".mp4", ".gif"):
+        raise _BadInput(f"--out must end with .png, .mp4 or .gif. Received: --out {out}")
+    if args.arrows and suffix != ".png":
+        raise _BadInput(f"--arrows needs --out with .png. Received: --out {out}")
+    if args.clip > args.clips:
+        raise _BadInput(f"--clip must be at most --clips, {args.clips}. Received: --clip {args.clip}")
+    _check_out(out, args.overwrite, out.suffix)
+    if os.path.isdir(args.model):
+        raise _BadInput(f"visualize needs a .keras file. Received: MODEL={args.model!r}")
+    classifier = _Classifier(args.model)
+    clips = classifier.clip_options(args)
+
+    from keras_nonlocal import visualization
+    from keras_nonlocal.data import load_views
+
+    with _reported_as_bad_input():
+        clip = load_views(args.video, **clips)[args.clip - 1]
+        attention = classifier.attend(clip, args.position, args.layer)
+        if suffix != ".png":
+            visualization.write_attention_video(clip, attention, out, fps=args.fps)
+        elif args.arrows:
+            visualization.draw_arrows(clip, attention, out, count=args.count)
+        else:
+            visualization.draw_attention(clip, attention, out)
+        centres, weights = attention.strongest(args.count)
+    position = ",".join(map(str, attention.position))
+    asked = "" if args.position else ", the most attended"
+    print(f"layer {attention.layer_name}; position {position} (frame, row, column){asked}")
+    print(f"its {len(weights)} strongest keys of {attention.weights.size}: frame, row, column, weight")
+    for centre, weight in zip(centres, weights, strict=True):
+        print("".join(f"{coordinate:8.1f}" for coordinate in centre) + f"  {weight:.6g}")
+    print(f"Wrote {out}")
+    return 0
+
+
 def _convert(args):
     from keras_nonlocal.applications import convert_checkpoint
 
@@ -483,6 +521,12 @@ class _Classifier:
             raise _BadInput(
                 f"the model does not run on clips of the shape {clips.shape}: {type(error).__name__}"
             ) from error
+
+    def attend(self, clip, position, layer_name):
+        """What a position of a clip attends to, a `visualization.Attention`; of a `.keras` file."""
+        from keras_nonlocal.visualization import attend
+
+        return attend(self._model, clip, position, layer_name)
 
     def clip_options(self, args):
         """Arguments of `load_views`: from the options, else from the model's shape, else from its settings."""
@@ -630,6 +674,13 @@ def _rate(text):
     if not 0 < rate < math.inf:
         raise argparse.ArgumentTypeError(f"must be a positive number. Received: {text!r}")
     return rate
+
+
+def _clip_position(text):
+    parts = text.split(",")
+    if len(parts) != 3 or not all(part.strip().isdecimal() for part in parts):
+        raise argparse.ArgumentTypeError(f"must be a frame, a row and a column, such as 0,112,80. Received: {text!r}")
+    return tuple(map(int, parts))
 
 
 def _parser():
