@@ -357,8 +357,8 @@ def _visualize(args):
     suffix = out.suffix.lower()
     if suffix not in (".png", ".mp4", ".gif"):
         raise _BadInput(f"--out must end with .png, .mp4 or .gif. Received: --out {out}")
-    if args.arrows and suffix != ".png":
-        raise _BadInput(f"--arrows needs --out with .png. Received: --out {out}")
+    if args.fps and suffix == ".png":
+        raise _BadInput(f"--fps needs --out with .mp4 or .gif. Received: --out {out}")
     if args.clip > args.clips:
         raise _BadInput(f"--clip must be at most --clips, {args.clips}. Received: --clip {args.clip}")
     _check_out(out, args.overwrite, out.suffix)
@@ -374,7 +374,8 @@ def _visualize(args):
         clip = load_views(args.video, **clips)[args.clip - 1]
         attention = classifier.attend(clip, args.position, args.layer)
         if suffix != ".png":
-            visualization.write_attention_video(clip, attention, out, fps=args.fps)
+            count = args.count if args.arrows else None
+            visualization.write_attention_video(clip, attention, out, fps=args.fps or 4, count=count)
         elif args.arrows:
             visualization.draw_arrows(clip, attention, out, count=args.count)
         else:
@@ -805,6 +806,39 @@ def _parser():
         dest="warmup",
         help="saved_model: write no requests to warm up TensorFlow Serving",
     )
+
+    visualize = _command(commands, "visualize", _visualize, "draws what a position of a video attends to")
+    visualize.add_argument("model", metavar="MODEL", help="a .keras file")
+    visualize.add_argument("video", metavar="VIDEO", help="video file")
+    visualize.add_argument(
+        "--out", required=True, metavar="FILE", help="file to write: .png for a strip of frames, .mp4 or .gif"
+    )
+    visualize.add_argument("--overwrite", action="store_true", help="replace --out if it exists")
+    visualize.add_argument("--layer", metavar="NAME", help="the non-local block (default: the last)")
+    visualize.add_argument(
+        "--position",
+        type=_clip_position,
+        metavar="T,Y,X",
+        help="frame, row and column of the clip that asks, from 0, after resizing and cropping "
+        "(default: the most attended)",
+    )
+    visualize.add_argument(
+        "--arrows", action="store_true", help="arrows to the strongest keys instead of all weights laid over"
+    )
+    visualize.add_argument(
+        "--count", type=_positive, default=20, metavar="N", help="strongest keys (default: %(default)s)"
+    )
+    visualize.add_argument("--fps", type=_rate, metavar="R", help="frames of the clip a second (default: 4)")
+    visualize.add_argument(
+        "--clip", type=_positive, default=1, metavar="N", help="which of --clips, from 1 (default: %(default)s)"
+    )
+    visualize.add_argument(
+        "--clips", type=_positive, default=1, metavar="N", help="clips of the video (default: %(default)s)"
+    )
+    _sizes(visualize)
+    visualize.add_argument("--shorter-side", type=_positive, metavar="N", help=SHORTER_SIDE_HELP)
+    _sampling(visualize)
+    visualize.set_defaults(crops=1)
 
     verify = _command(
         commands, "verify", _verify, "runs every signature of an export in a process without Keras and this package"

@@ -91,8 +91,7 @@ def draw_arrows(clip, attention, path=None, count=20, max_frames=8, frame_height
         [Non-local Neural Networks](https://arxiv.org/abs/1711.07971), figure 3
     """
     clip, scale = _check_clip(clip, attention, frame_height), _Scale(attention.weights, colormap)
-    centres, weights = attention.strongest(count)
-    times = [math.ceil(t - 0.5) for t in centres[:, 0]]  # of two frames at the same distance the earlier
+    centres, weights, times = _strongest(attention, count)
     frames = _holding(times, weights, len(clip), attention.position[0], _check_count("max_frames", max_frames))
     sheet = _Sheet(clip, attention, frames, frame_height, rows=1)
     for column, frame in enumerate(frames):
@@ -103,20 +102,22 @@ def draw_arrows(clip, attention, path=None, count=20, max_frames=8, frame_height
     ]
     sheet.draw_arrows(ends, weights, scale)
     sheet.mark_query(0)
-    sheet.footer(scale, f"{len(ends)} strongest of {attention.weights.size}")
+    sheet.footer(scale, _remark(attention, ends))
     return sheet.save(path)
 
 
-def write_attention_video(clip, attention, path, fps=4, frame_height=256, colormap=None):
-    """Writes what a position attends to as a video: the clip, and beside it the weights laid over.
+def write_attention_video(clip, attention, path, fps=4, count=None, frame_height=256, colormap=None):
+    """Writes what a position attends to as a video: the clip, and beside it the weights laid over, or arrows.
 
-    The position is a white square in the query's frame, and a grey one in the others.
+    The position is a white square in the query's frame, and a grey one in the others. Each frame has the arrows that
+    end in it.
 
     Args:
         clip: Array of pixels in 0..255, of shape `(frames, height, width, 3)`.
         attention: What `attend` returned for the clip.
         path: File to write, `.mp4` (H.264) or `.gif`.
         fps: Frames of the clip per second.
+        count: Number of arrows, as for `draw_arrows`. `None`: the weights of all keys laid over.
         frame_height: Height in pixels at which a frame is drawn.
         colormap: As for `draw_attention`.
 
@@ -134,15 +135,19 @@ def write_attention_video(clip, attention, path, fps=4, frame_height=256, colorm
         raise ValueError(f"`path` must end with one of {', '.join(WRITERS)}. Received: path={os.fspath(path)!r}")
     if not 0 < fps <= 100:
         raise ValueError(f"`fps` must be a number above 0 and of at most 100. Received: fps={fps!r}")
+    centres, weights, times = _strongest(attention, count) if count is not None else ((), (), ())
+    remark = None if count is None else _remark(attention, weights)
     heat, pictures = attention.pixels(), []
     for frame in range(len(clip)):
         sheet = _Sheet(clip, attention, [frame, frame], frame_height, rows=1)
         picture = sheet.frame(frame)
         sheet.put(picture, 0, 0)
-        sheet.put(_overlaid(picture, heat[frame], scale), 1, 0)
+        sheet.put(picture if count is not None else _overlaid(picture, heat[frame], scale), 1, 0)
+        here = [number for number, time in enumerate(times) if time == frame]
+        sheet.draw_arrows([sheet.point(1, *centres[n][1:]) for n in here], [weights[n] for n in here], scale, column=1)
         for column in range(2):
             sheet.mark_query(0, column, is_query=frame == attention.position[0])
-        sheet.footer(scale)
+        sheet.footer(scale, remark)
         pictures.append(np.asarray(sheet.picture))
     pictures = np.stack(pictures)
     height, width = pictures.shape[1:3]
@@ -248,10 +253,10 @@ class _Sheet:
         ):
             self._draw.rectangle((x - half - grow, y - half - grow, x + half + grow, y + half + grow), outline=colour)
 
-    def draw_arrows(self, ends, weights, scale):
-        """From the query, in the first picture, to points; the strongest on top."""
+    def draw_arrows(self, ends, weights, scale, column=0):
+        """From the query's place in a picture to points; the strongest on top."""
         fine = 3  # Pillow's lines have steps: drawn larger and shrunk, they have none
-        start = np.array(self.point(0, *self.attention.position[1:]))
+        start = np.array(self.point(column, *self.attention.position[1:]))
         # Bent to where the query has more room, the longer the more: many end in the same row.
         upwards = self.attention.position[1] >= self.clip.shape[1] / 2
         edge = TITLE if upwards else TITLE + self.size[1]
@@ -260,7 +265,9 @@ class _Sheet:
         for end, weight in list(zip(ends, weights, strict=True))[::-1]:
             colour = tuple(np.rint(scale.colours(weight)).astype(int).tolist())
             end = np.array(end)
-            room = abs((start[1] + end[1]) / 2 - edge)
+            above, below = (max(abs(y - edge), 0.0) for y in (start[1], end[1]))
+            # From this bend on the curve touches the edge of the pictures.
+            room = ((above + below) / 2 + math.sqrt(above * below)) / 2
             bend = min(0.2 * np.hypot(*(end - start)), 0.8 * room) * (-1 if upwards else 1)
             width = fine * (0.8 + 1.2 * float(scale.strength(weight)))
             _draw_arrow(draw, start * fine, end * fine, bend * fine, width, colour, edge=fine)
@@ -297,10 +304,11 @@ class _Sheet:
 
 
 def _draw_arrow(draw, start, end, bend, width, colour, edge):
-    """A bent arrow, or a ring where it would have no length, with a dark edge."""
+    """A bent arrow, or a ring where it would have no length; its edge is dark, or bright where the arrow is dark."""
+    outline = (0, 0, 0, 160) if np.dot(colour, (0.3, 0.6, 0.1)) > 60 else (255, 255, 255, 160)
     head = 2.5 * width + 3.5 * edge
     if np.hypot(*(end - start)) < 2 * head:
-        for extra, fill in ((edge, (0, 0, 0, 160)), (0, colour)):
+        for extra, fill in ((edge, outline), (0, colour)):
             box = (*(end - head / 2 - extra), *(end + head / 2 + extra))
             draw.ellipse(box, outline=fill, width=round(width + 2 * extra))
         return
@@ -310,10 +318,21 @@ def _draw_arrow(draw, start, end, bend, width, colour, edge):
     neck = end - along * head
     t = np.linspace(0, 1, 60)[:, None]
     curve = (1 - t) ** 2 * start + 2 * t * (1 - t) * middle + t**2 * (neck + along)
-    for extra, fill in ((edge, (0, 0, 0, 160)), (0, colour)):
+    for extra, fill in ((edge, outline), (0, colour)):
         draw.line([tuple(point) for point in curve], fill=fill, width=round(width + 2 * extra), joint="curve")
         tip, back, half = end + 2 * along * extra, neck - along * extra, 0.45 * head + 1.5 * extra
         draw.polygon([tuple(tip), tuple(back + across * half), tuple(back - across * half)], fill=fill)
+
+
+def _strongest(attention, count):
+    """The strongest keys: their centres, weights, and nearest frames."""
+    centres, weights = attention.strongest(count)
+    times = [math.ceil(t - 0.5) for t in centres[:, 0]]  # of two frames at the same distance the earlier
+    return centres, weights, [min(max(time, 0), attention.clip_shape[0] - 1) for time in times]
+
+
+def _remark(attention, arrows):
+    return f"{len(arrows)} strongest of {attention.weights.size}"
 
 
 def _spread(num_frames, query_frame, max_frames):
