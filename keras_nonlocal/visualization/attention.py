@@ -147,7 +147,12 @@ class Looker:
         inputs = self._inputs(clip)
         shapes = clip_shape, tuple(inputs.shape)
         if shapes not in self._places:
-            self._places[shapes] = find_place(self.model, self.layer_name, *shapes)
+            try:
+                self._places[shapes] = find_place(self.model, self.layer_name, *shapes)
+            except ValueError as error:  # Keras' own, from a layer to which no position would be left
+                raise ValueError(
+                    f"`clip` must be of a size on which the model runs. Received: clip.shape={clip.shape}"
+                ) from error
         place = self._places[shapes]
         layer, features = place.layer, place.features(inputs)
         shape = tuple(features.shape)

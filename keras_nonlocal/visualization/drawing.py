@@ -265,9 +265,8 @@ class _Sheet:
         for end, weight in list(zip(ends, weights, strict=True))[::-1]:
             colour = tuple(np.rint(scale.colours(weight)).astype(int).tolist())
             end = np.array(end)
-            above, below = (max(abs(y - edge), 0.0) for y in (start[1], end[1]))
-            # From this bend on the curve touches the edge of the pictures.
-            room = ((above + below) / 2 + math.sqrt(above * below)) / 2
+            one, other = (max(y - edge if upwards else edge - y, 0.0) for y in (start[1], end[1]))
+            room = ((one + other) / 2 + math.sqrt(one * other)) / 2  # with this bend the curve touches the edge
             bend = min(0.2 * np.hypot(*(end - start)), 0.8 * room) * (-1 if upwards else 1)
             width = fine * (0.8 + 1.2 * float(scale.strength(weight)))
             _draw_arrow(draw, start * fine, end * fine, bend * fine, width, colour, edge=fine)
