@@ -55,6 +55,10 @@ class Attention:
             heat[(slice(None),) * axis + (keys < 0,)] = 0
         return heat
 
+    def is_finite(self):
+        """Whether no weight is infinite or NaN, as those of a model are that diverged."""
+        return bool(np.isfinite(self.weights).all())
+
     def strongest(self, count=20):
         """The keys with the largest weights of either sign, the strongest first.
 
@@ -100,8 +104,8 @@ def attend(model, clip, position=None, layer_name=None, preprocess_input=_prepro
         An `Attention`.
 
     Raises:
-        ValueError: if the clip has another rank or is none that the model takes, the position lies outside of it, or
-            there is no such layer.
+        ValueError: if the clip has another rank or is none that the model takes, the position lies outside of it,
+            there is no such layer, or its weights are not finite.
 
     Reference:
         [Non-local Neural Networks](https://arxiv.org/abs/1711.07971), figure 3
@@ -114,7 +118,13 @@ def attend(model, clip, position=None, layer_name=None, preprocess_input=_prepro
     >>> attention.weights.shape, attention.query, attention.pixels().shape
     ((2, 2, 2), (0, 1, 1), (4, 32, 32))
     """
-    return Looker(model, layer_name, preprocess_input)(clip, position)
+    attention = Looker(model, layer_name, preprocess_input)(clip, position)
+    if not attention.is_finite():
+        raise ValueError(
+            "The weights of attention must be finite; the model's own or the clip's are not. "
+            f"Received: layer_name={attention.layer_name!r}"
+        )
+    return attention
 
 
 class Looker:

@@ -5,6 +5,7 @@ import os
 import socket
 import time
 import uuid
+import warnings
 
 import keras
 import numpy as np
@@ -35,6 +36,8 @@ class AttentionLogger(keras.callbacks.Callback):
         pictures: Which to log: `"attention"` (`draw_attention`), `"arrows"` (`draw_arrows`) or both.
         preprocess_input: Function from pixels to what the model takes.
         **options: Arguments of both functions, such as `max_frames` and `frame_height`.
+
+    A layer whose weights are not finite, as of a model that diverged, gives no picture and a warning.
 
     Raises:
         ImportError: if `tensorboard` is not installed.
@@ -101,6 +104,12 @@ class AttentionLogger(keras.callbacks.Callback):
             looker.model = model
             for name, clip in self.clips.items():
                 attention = looker(clip, self.positions[name])
+                if not attention.is_finite():  # which is for other callbacks to end the training for
+                    warnings.warn(
+                        f"Epoch {epoch}: no picture of {looker.layer_name}, whose weights of attention are not finite",
+                        stacklevel=2,
+                    )
+                    continue
                 for kind in self.pictures:
                     picture = PICTURES[kind](clip, attention, **self.options)
                     png = io.BytesIO()
