@@ -509,7 +509,7 @@ def test_train_starts_a_new_head(trained, videos, tmp_path, untrained):
         ),
         (
             ["visualize", "@MODEL", "@VIDEO", "--out", "@PNG", "--layer", "conv1"],
-            "which has ['nonlocal_conv3_0']. Received: layer_name='conv1'",
+            "which has ['nonlocal_conv3_1']. Received: layer_name='conv1'",
         ),
         (
             ["visualize", "@MODEL", "@VIDEO", "--out", "@PNG", "--image-size", "4"],
@@ -517,8 +517,8 @@ def test_train_starts_a_new_head(trained, videos, tmp_path, untrained):
         ),
         (["visualize", "@DATA", "@VIDEO", "--out", "@PNG"], "visualize needs a .keras file. Received: MODEL='@DATA'"),
         (["visualize", "no.keras", "@VIDEO", "--out", "@PNG"], "MODEL does not exist. Received: MODEL='no.keras'"),
-        (["visualize", "@MODEL", "no.mp4", "--out", "@PNG"], "no.mp4"),
-        (["visualize", "@MODEL", "@TEXT", "--out", "@PNG"], "cannot be decoded"),
+        (["visualize", "@MODEL", "no.mp4", "--out", "@PNG"], "Cannot decode no.mp4: "),
+        (["visualize", "@MODEL", "@TEXT", "--out", "@PNG"], "Cannot decode @TEXT: Invalid data"),
         (["visualize", "@BARE", "@VIDEO", "--out", "@PNG"], "says what --frame-stride and --image-size should be."),
         (["export", "@IMAGES", "@OUT"], "MODEL must take clips (batch, frames, height, width, 3) and give scores"),
     ],
@@ -617,24 +617,17 @@ def test_a_model_of_a_fixed_size_says_its_size(tmp_path, videos, capsys):
     assert line == "the model takes frames of 32x32 pixels. Received: --image-size 24"
 
 
-def decoded(path):
-    with VideoReader(path) as reader:
-        return reader.read(range(reader.num_frames))
-
-
 def test_visualize_draws_a_clip(trained, videos, tmp_path, capsys):
     """The third of three clips, by its settings, as `attend` and the drawings have it."""
     video = videos / "red" / "1.mp4"
     model = keras.saving.load_model(trained)
     clip = load_views(video, 4, 1, views=(3, 1), shorter_side=32, image_size=(32, 32))[2]
     asked, most = attend(model, clip, (2, 20, 9)), attend(model, clip)
-    write_attention_video(clip, asked, tmp_path / "expected.mp4", fps=8)
-    write_attention_video(clip, most, tmp_path / "expected.gif", count=20)
+    write_attention_video(clip, most, tmp_path / "expected.gif", fps=8, count=20)
     options = {
-        "heat.png": ["--position", "2,20,9", "--layer", "nonlocal_conv3_0"],
+        "heat.png": ["--position", "2,20,9", "--layer", "nonlocal_conv3_1"],
         "arrows.png": ["--arrows", "--count", "3"],
-        "heat.mp4": ["--position", "2,20,9", "--fps", "8"],
-        "arrows.gif": ["--arrows"],
+        "arrows.gif": ["--arrows", "--fps", "8"],
     }
     printed = {}
     for name, given in options.items():
@@ -647,9 +640,8 @@ def test_visualize_draws_a_clip(trained, videos, tmp_path, capsys):
     ):
         np.testing.assert_array_equal(np.asarray(Image.open(tmp_path / name)), np.asarray(picture))
     assert (tmp_path / "arrows.gif").read_bytes() == (tmp_path / "expected.gif").read_bytes()
-    np.testing.assert_array_equal(decoded(tmp_path / "heat.mp4"), decoded(tmp_path / "expected.mp4"))
     first, second, *rows, last = printed["heat.png"]
-    assert first == "layer nonlocal_conv3_0; position 2,20,9 (frame, row, column)"
+    assert first == "layer nonlocal_conv3_1; position 2,20,9 (frame, row, column)"
     assert second == "its 8 strongest keys of 8: frame, row, column, weight"
     centres, weights = asked.strongest()
     table = np.array([row.split() for row in rows], float)
@@ -658,7 +650,7 @@ def test_visualize_draws_a_clip(trained, videos, tmp_path, capsys):
     assert last == f"Wrote {tmp_path / 'heat.png'}"
     position = ",".join(map(str, most.position))
     first, second, *rows, _ = printed["arrows.png"]
-    assert first == f"layer nonlocal_conv3_0; position {position} (frame, row, column), the most attended"
+    assert first == f"layer nonlocal_conv3_1; position {position} (frame, row, column), the most attended"
     assert second == "its 3 strongest keys of 8: frame, row, column, weight" and len(rows) == 3
 
 
