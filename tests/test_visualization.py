@@ -82,7 +82,7 @@ def test_takes_the_last_layer_or_the_named_one():
 @pytest.mark.parametrize("options", [{}, {"pool_size": (1, 3, 2)}, {"window": (2, 4, None), "pool_size": (2, 3, 2)}])
 def test_the_most_attended_position(options, monkeypatch):
     """Against all rows of weights at once; in chunks, and in windows."""
-    monkeypatch.setattr(attention, "MAX_WEIGHTS", 100)
+    monkeypatch.setattr(attention, "MAX_WEIGHTS", 2000)
     rng = np.random.default_rng(0)
     clip = np.maximum(planted(_255=[(2, 4, 3)], _250=[(1, 2, 6)]), rng.integers(0, 15, SHAPE).astype("uint8"))
     model = colour_model(**options)
@@ -342,6 +342,28 @@ def test_a_block_in_a_nested_model(rng):
     assert (inner.query, inner.layer_name) == (flat.query, f"{block.name}/block")
     np.testing.assert_array_equal(inner.weights, flat.weights)
     np.testing.assert_array_equal(inner.pixels(), flat.pixels())
+
+
+def test_a_network_for_any_size(rng):
+    """As that of the same weights for one size; another size has a map of its own."""
+    fixed, free = (C2DResNet11(input_shape=shape, classes=2) for shape in ((4, 40, 56, 3), (None, None, None, 3)))
+    free.set_weights(fixed.get_weights())
+    clip = rng.integers(0, 255, (6, 48, 56, 3)).astype("uint8")
+    for position in ((3, 20, 30), None):
+        one, other = (attend(model, clip[:4, :40], position) for model in (fixed, free))
+        assert (one.position, one.query) == (other.position, other.query)
+        np.testing.assert_allclose(one.weights, other.weights, atol=1e-6)
+    assert one.weights.shape == (2, 2, 3) and attend(free, clip).weights.shape == (3, 2, 3)
+
+
+def test_sizes_that_nobody_knows_before_the_run():
+    inputs = keras.Input(SHAPE)
+    x = keras.layers.Lambda(lambda x: x[:, ::2, 2:], output_shape=(None, None, None, 3))(inputs)
+    x = keras.layers.Conv3D(3, (1, 1, 3))(x)
+    found = attend(keras.Model(inputs, NonLocal3D(name="block")(x)), np.zeros(SHAPE, "uint8"), (2, 7, 7))
+    assert found.weights.shape == (2, 6, 6) and found.query == (1, 5, 5)
+    assert found.centres[0].tolist() == [0.5, 2.5]
+    np.testing.assert_allclose(found.centres[1], (np.arange(6) + 0.5) * 8 / 6 - 0.5)
 
 
 def test_leaves_the_model_as_it_was(rng):
