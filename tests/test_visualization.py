@@ -353,7 +353,7 @@ def test_a_network_for_any_size(rng):
         one, other = (attend(model, clip[:4, :40], position) for model in (fixed, free))
         assert (one.position, one.query) == (other.position, other.query)
         np.testing.assert_allclose(one.weights, other.weights, atol=1e-6)
-    assert one.weights.shape == (2, 2, 3) and attend(free, clip).weights.shape == (3, 2, 3)
+    assert one.weights.shape == (2, 2, 3) and attend(free, clip).weights.shape == (3, 3, 3)
 
 
 def test_sizes_that_nobody_knows_before_the_run():
