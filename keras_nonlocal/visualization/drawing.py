@@ -154,7 +154,7 @@ def write_attention_video(clip, attention, path, fps=4, count=None, frame_height
     even = ((0, 0), (0, height % 2), (0, width % 2), (0, 0))  # yuv420p has half the sizes for colours
     pictures = np.pad(pictures, even, mode="edge")
     with _whole_file(path) as scratch:
-        WRITERS[suffix](scratch, pictures, fps)
+        WRITERS[suffix](scratch, pictures, fps, scale)
     return pictures
 
 
@@ -371,7 +371,7 @@ def _check_count(name, value):
     return value
 
 
-def _write_mp4(path, pictures, fps):
+def _write_mp4(path, pictures, fps, scale):
     with av.open(path, "w") as container:
         rate = fractions.Fraction(fps).limit_denominator(1000)
         stream = container.add_stream("libx264", rate=rate, options={"crf": "16"})
@@ -382,8 +382,15 @@ def _write_mp4(path, pictures, fps):
         container.mux(stream.encode())
 
 
-def _write_gif(path, pictures, fps):
-    first, *others = (Image.fromarray(picture).quantize(256) for picture in pictures)
+def _write_gif(path, pictures, fps, scale):
+    def in_256_colours(picture):
+        # A quarter of them is the scale's, of which else only a few would be left: little of a picture has them.
+        picture, palette = Image.fromarray(picture), Image.new("P", (1, 1))
+        some = picture.resize([max(size // 3, 1) for size in picture.size], Image.Resampling.NEAREST)  # is faster
+        palette.putpalette([*some.quantize(192).getpalette()[: 3 * 192], *scale.bar((64, 1)).tobytes()])
+        return picture.quantize(palette=palette, dither=Image.Dither.NONE)
+
+    first, *others = map(in_256_colours, pictures)
     first.save(path, save_all=True, append_images=others, duration=round(1000 / fps), loop=0, disposal=1)
 
 
