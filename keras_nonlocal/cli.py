@@ -352,6 +352,45 @@ def _verify(args):
     return 1 if any(check.problem for check in checks) else 0
 
 
+def _visualize(args):
+    out = pathlib.Path(args.out)
+    suffix = out.suffix.lower()
+    if suffix not in (".png", ".mp4", ".gif"):
+        raise _BadInput(f"--out must end with .png, .mp4 or .gif. Received: --out {out}")
+    if args.fps and suffix == ".png":
+        raise _BadInput(f"--fps needs --out with .mp4 or .gif. Received: --out {out}")
+    if args.clip > args.clips:
+        raise _BadInput(f"--clip must be at most --clips, {args.clips}. Received: --clip {args.clip}")
+    _check_out(out, args.overwrite, out.suffix)
+    if os.path.isdir(args.model):
+        raise _BadInput(f"visualize needs a .keras file. Received: MODEL={args.model!r}")
+    classifier = _Classifier(args.model)
+    clips = classifier.clip_options(args)
+
+    from keras_nonlocal import visualization
+    from keras_nonlocal.data import load_views
+
+    with _reported_as_bad_input():
+        clip = load_views(args.video, **clips)[args.clip - 1]
+        attention = classifier.attend(clip, args.position, args.layer)
+        if suffix != ".png":
+            count = args.count if args.arrows else None
+            visualization.write_attention_video(clip, attention, out, fps=args.fps or 4, count=count)
+        elif args.arrows:
+            visualization.draw_arrows(clip, attention, out, count=args.count)
+        else:
+            visualization.draw_attention(clip, attention, out)
+        centres, weights = attention.strongest(args.count)
+    position = ",".join(map(str, attention.position))
+    asked = "" if args.position else ", the most attended"
+    print(f"layer {attention.layer_name}; position {position} (frame, row, column){asked}")
+    print(f"its {len(weights)} strongest keys of {attention.weights.size}: frame, row, column, weight")
+    for centre, weight in zip(centres, weights, strict=True):
+        print("".join(f"{coordinate:8.1f}" for coordinate in centre) + f"  {weight:.6g}")
+    print(f"Wrote {out}")
+    return 0
+
+
 def _convert(args):
     from keras_nonlocal.applications import convert_checkpoint
 
@@ -483,6 +522,12 @@ class _Classifier:
             raise _BadInput(
                 f"the model does not run on clips of the shape {clips.shape}: {type(error).__name__}"
             ) from error
+
+    def attend(self, clip, position, layer_name):
+        """What a position of a clip attends to, a `visualization.Attention`; of a `.keras` file."""
+        from keras_nonlocal.visualization import attend
+
+        return attend(self._model, clip, position, layer_name)
 
     def clip_options(self, args):
         """Arguments of `load_views`: from the options, else from the model's shape, else from its settings."""
@@ -632,6 +677,13 @@ def _rate(text):
     return rate
 
 
+def _clip_position(text):
+    parts = text.split(",")
+    if len(parts) != 3 or not all(part.strip().isdecimal() for part in parts):
+        raise argparse.ArgumentTypeError(f"must be a frame, a row and a column, such as 0,112,80. Received: {text!r}")
+    return tuple(map(int, parts))
+
+
 def _parser():
     parser = _Parser(
         prog="keras-nonlocal",
@@ -754,6 +806,39 @@ def _parser():
         dest="warmup",
         help="saved_model: write no requests to warm up TensorFlow Serving",
     )
+
+    visualize = _command(commands, "visualize", _visualize, "draws what a position of a video attends to")
+    visualize.add_argument("model", metavar="MODEL", help="a .keras file")
+    visualize.add_argument("video", metavar="VIDEO", help="video file")
+    visualize.add_argument(
+        "--out", required=True, metavar="FILE", help="file to write: .png for a strip of frames, .mp4 or .gif"
+    )
+    visualize.add_argument("--overwrite", action="store_true", help="replace --out if it exists")
+    visualize.add_argument("--layer", metavar="NAME", help="the non-local block (default: the last)")
+    visualize.add_argument(
+        "--position",
+        type=_clip_position,
+        metavar="T,Y,X",
+        help="frame, row and column of the clip that asks, from 0, after resizing and cropping "
+        "(default: the most attended)",
+    )
+    visualize.add_argument(
+        "--arrows", action="store_true", help="arrows to the strongest keys instead of all weights laid over"
+    )
+    visualize.add_argument(
+        "--count", type=_positive, default=20, metavar="N", help="strongest keys (default: %(default)s)"
+    )
+    visualize.add_argument("--fps", type=_rate, metavar="R", help="frames of the clip a second (default: 4)")
+    visualize.add_argument(
+        "--clip", type=_positive, default=1, metavar="N", help="which of --clips, from 1 (default: %(default)s)"
+    )
+    visualize.add_argument(
+        "--clips", type=_positive, default=1, metavar="N", help="clips of the video (default: %(default)s)"
+    )
+    _sizes(visualize)
+    visualize.add_argument("--shorter-side", type=_positive, metavar="N", help=SHORTER_SIDE_HELP)
+    _sampling(visualize)
+    visualize.set_defaults(crops=1)
 
     verify = _command(
         commands, "verify", _verify, "runs every signature of an export in a process without Keras and this package"
