@@ -131,13 +131,11 @@ def _train(args):
 
 
 def _tune(args):
-    out = pathlib.Path(args.out)
-
     from keras_nonlocal import applications
     from keras_nonlocal.data import video_dataset_from_directory
 
     with _reported_as_bad_input():
-        from keras_nonlocal.tuning import BEST_MODEL, NonLocalHyperModel, tune
+        from keras_nonlocal.tuning import NonLocalHyperModel, tune
 
         datasets = video_dataset_from_directory(
             args.data,
@@ -164,21 +162,19 @@ def _tune(args):
             max_gmacs=args.max_gmacs,
             multi_label=datasets[0].element_spec[1].shape.rank == 2,
         )
-        settings = {name: vars(args).get(name) for name in SETTINGS} | {"class_names": class_names}
-        # Known before the search, so that the best model of one that is cut off can be used, too.
-        out.mkdir(parents=True, exist_ok=True)
-        _write_text(_settings_path(out / BEST_MODEL), json.dumps(settings, indent=2) + "\n")
+        settings = {name: vars(args).get(name) for name in (*SETTINGS, "batch_size", "validation_split")}
         result = tune(
             hypermodel,
             *(
                 dataset.map(lambda clips, labels: (applications.preprocess_input(clips), labels))
                 for dataset in datasets
             ),
-            out,
+            args.out,
             max_trials=args.max_trials,
             epochs=args.epochs,
             method=args.method,
             seed=args.seed,
+            metadata=settings | {"class_names": class_names},  # as `train` writes it
             verbose=2,
         )
     print(f"\n{result.table()}\n")
