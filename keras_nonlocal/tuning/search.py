@@ -17,14 +17,13 @@ import keras_tuner
 import numpy as np
 
 from keras_nonlocal.applications.resnet import is_integer
-from keras_nonlocal.tuning.space import ARCHITECTURE, IMPOSSIBLE
+from keras_nonlocal.tuning.space import ARCHITECTURE, IMPOSSIBLE, meaningful
 
 COLUMNS = (*ARCHITECTURE, "learning_rate", "weight_decay")
 # What a search writes into its folder.
 STATE, BEST_MODEL, MARKDOWN, CSV = "search.json", "best.keras", "trials.md", "trials.csv"
 # A trial during which the process was killed so often is given up: it may be what gets it killed.
 MAX_STARTS = 3
-MAX_DRAWS = 10_000
 
 
 class _Oracle:
@@ -39,48 +38,36 @@ class _Oracle:
         super().__init__(hyperparameters=space, max_consecutive_failed_trials=None, **kwargs)
         self.verbose = 0
         self.candidates, self.path, self.settings = candidates, path, settings
-        self.rejected = {}  # name of an architecture → reason
         self.starts = {}  # of a trial → how often it was begun
         self.saved_best = None  # the trial of best.keras
 
     def populate_space(self, trial_id):
-        """The values of a trial: those of the method, or, where they are rejected, random ones that are not."""
+        """The values of a trial: those of the method, or random ones if they do not fit or were tried."""
         response = super().populate_space(trial_id)
         values = response.get("values")
-        if not values or not self._is_rejected(values):
+        if not values or "tuner/trial_id" in values:  # over, or Hyperband goes on with an earlier trial
             return response
+        tried = [meaningful(trial.hyperparameters.values) for trial in self.trials.values()]
+        if self.candidates.rejection(values) is None and meaningful(values) not in tried:
+            return response
+        rng = np.random.default_rng([self.seed, int(trial_id)])
+        rates = {
+            parameter.name: parameter.random_sample(int(rng.integers(2**31)))
+            for parameter in self.hyperparameters.space
+            if parameter.name not in ARCHITECTURE
+        }
+        drawn = [fitting | rates for fitting in self.candidates.fitting]
+        drawn = [values for values in drawn if meaningful(values) not in tried]
+        if not drawn:
+            return {"status": "STOPPED"}
         of_method = {name: value for name, value in values.items() if name.startswith("tuner/")}
-        values = self._draw(int(trial_id))
-        return {"status": "STOPPED"} if values is None else {"status": "RUNNING", "values": values | of_method}
-
-    def _draw(self, trial):
-        tried = [
-            {name: value for name, value in trial.hyperparameters.values.items() if not name.startswith("tuner/")}
-            for trial in self.trials.values()
-        ]
-        for draw in range(MAX_DRAWS):
-            hp = keras_tuner.HyperParameters()
-            seeds = np.random.SeedSequence([self.seed, trial, draw]).generate_state(len(self.hyperparameters.space))
-            for parameter, seed in zip(self.hyperparameters.space, seeds, strict=True):
-                hp.merge([parameter])
-                if hp.is_active(parameter):
-                    hp.values[parameter.name] = parameter.random_sample(int(seed))
-            if not self._is_rejected(hp.values) and hp.values not in tried:
-                return dict(hp.values)
-        return None  # all that fits was tried
-
-    def _is_rejected(self, values):
-        reason = self.candidates.rejection(values)
-        if reason is not None:
-            self.rejected[" ".join(str(values[name]) for name in ARCHITECTURE if name in values)] = reason
-        return reason is not None
+        return {"status": "RUNNING", "values": drawn[rng.integers(len(drawn))] | of_method}
 
     def save(self):
         state = {
             "settings": self.settings,
             "oracle": self.get_state(),
             "trials": [trial.get_state() for trial in self.trials.values()],
-            "rejected": self.rejected,
             "starts": self.starts,
             "saved_best": self.saved_best,
         }
@@ -96,7 +83,7 @@ class _Oracle:
         oracle["retry_queue"] += [trial for trial in ongoing if trial not in oracle["retry_queue"]]
         oracle["ongoing_trials"] = {}
         self.set_state(oracle)
-        self.rejected, self.starts, self.saved_best = state["rejected"], state["starts"], state["saved_best"]
+        self.starts, self.saved_best = state["starts"], state["saved_best"]
 
 
 # One row a method: Keras Tuner's oracle, and its arguments.
@@ -145,7 +132,7 @@ class TuningResult:
         rows: A `TrialRow` for each trial, in order.
         best: The row of the best trial: of the best score, and of several such the one of the fewest multiply-adds.
         model_path: Path of the best trial's model, with the weights of its best epoch.
-        rejected: Dictionary of the architectures that were drawn and rejected, to the reasons.
+        rejected: Dictionary of the names of the space's architectures that may not be built, to the reasons.
     """
 
     objective: str
@@ -273,7 +260,7 @@ def tune(
         raise ValueError(
             f"No trial was completed; the last one {rows[-1].status}. Received: directory={str(directory)!r}"
         )
-    return TuningResult(oracle.objective.name, rows, best, str(directory / BEST_MODEL), dict(oracle.rejected))
+    return TuningResult(oracle.objective.name, rows, best, str(directory / BEST_MODEL), hypermodel.rejected)
 
 
 def _check_directory(directory, settings):
@@ -391,7 +378,7 @@ class _Tuner(keras_tuner.Tuner):
             for row in rows:
                 pathlib.Path(self._weights_path(row.trial)).unlink(missing_ok=True)
         if rows:
-            _write(self.folder / MARKDOWN, _table(objective.name, rows, self.oracle.rejected) + "\n")
+            _write(self.folder / MARKDOWN, _table(objective.name, rows, self.candidates.rejected) + "\n")
             _write(self.folder / CSV, _csv(objective.name, rows))
 
     def rows(self):
@@ -399,7 +386,7 @@ class _Tuner(keras_tuner.Tuner):
         return tuple(map(self._row, filter(lambda trial: trial.status != "RUNNING", self.oracle.trials.values())))
 
     def _row(self, trial):
-        values = {name: trial.hyperparameters.values.get(name) for name in COLUMNS}
+        values = meaningful(trial.hyperparameters.values)
         costs = self.candidates.costs(values)
         is_completed = trial.status == "COMPLETED"
         best_epoch, epochs = (
@@ -409,7 +396,7 @@ class _Tuner(keras_tuner.Tuner):
         reason = "" if is_completed else trial.message.strip().splitlines()[-1].partition(": ")[2]
         return TrialRow(
             trial=trial.trial_id,
-            hyperparameters={name: value for name, value in values.items() if value is not None},
+            hyperparameters=values,
             parameters=costs.parameters,
             macs=costs.macs,
             score=float(trial.score) if is_completed else None,
@@ -478,8 +465,8 @@ def _table(objective, rows, rejected):
     if rejected:
         impossible = sum(reason.startswith(IMPOSSIBLE) for reason in rejected.values())
         table += (
-            f"\n\n{len(rejected)} architectures were rejected before they were built: "
-            f"{len(rejected) - impossible} over the budget, {impossible} impossible."
+            f"\n\n{len(rejected)} architectures of the space were rejected before they were built: "
+            f"{len(rejected) - impossible} are over the budget, {impossible} impossible."
         )
     return table
 

@@ -24,6 +24,7 @@ from keras_nonlocal.ops import PAIRWISE
 # Of a block; they have a meaning only where there are blocks.
 OF_BLOCKS = ("pairwise", "pool_size", "window")
 ARCHITECTURE = ("network", "non_local", *OF_BLOCKS)
+ATTRIBUTES = {"network": "networks"}  # of the hypermodel, with the choices, where the name is another
 IMPOSSIBLE = "impossible"  # begins the reason why a network cannot be built at all
 
 
@@ -146,7 +147,6 @@ class NonLocalHyperModel(keras_tuner.HyperModel):
                 f"`network_options` must not hold {', '.join(sorted(own))}. Received: "
                 f"network_options={network_options!r}"
             )
-        self._summaries, self._block_costs = {}, {}
 
     @property
     def objective(self):
@@ -167,14 +167,15 @@ class NonLocalHyperModel(keras_tuner.HyperModel):
         Raises:
             ValueError: if no candidate of the space fits.
         """
-        fitting = self._first_fit
-        _choice(hp, "network", self.networks, fitting)
-        _choice(hp, "non_local", list(self.non_local), fitting)
-        with_blocks = [name for name in self.non_local if name != "0"]
-        if with_blocks:
-            with hp.conditional_scope("non_local", with_blocks):
-                for name in OF_BLOCKS:
-                    _choice(hp, name, list(getattr(self, name)), fitting)
+        # None is conditional, though those of blocks mean nothing without blocks: Keras Tuner would build a candidate of
+        # each condition to learn of it, whether that fits or not.
+        fitting = self.fitting[0]
+        for name in ARCHITECTURE:
+            values = list(getattr(self, ATTRIBUTES.get(name, name)))
+            if len(values) == 1:
+                hp.Fixed(name, values[0])
+            else:
+                hp.Choice(name, values, default=fitting.get(name))
         for name in ("learning_rate", "weight_decay"):
             low, high = getattr(self, name)
             if low == high:
@@ -245,13 +246,13 @@ class NonLocalHyperModel(keras_tuner.HyperModel):
         place, options = self._blocks_of(values)
         placement = non_local_blocks(self.arrangements[network], place)
         arguments = non_local_arguments(placement, options, {})
-        summary = self._summary(network)
+        summary = _known_costs(_network_summary, network, self.classes, self.clip_shape, self.network_options)
         parameters, macs = summary.parameters, summary.macs
         shapes = {row.name: row.output_shape for row in summary.rows}
         for stage, blocks in placement.items():
             for block in blocks:
                 # A block leaves the map's sizes as they are.
-                costs = self._costs_of_block(shapes[f"res{stage}_{block}_out"], arguments[stage])
+                costs = _known_costs(_block_summary, shapes[f"res{stage}_{block}_out"], arguments[stage])
                 parameters, macs = parameters + costs.parameters, macs + costs.macs
         return Costs(parameters, macs)
 
@@ -269,7 +270,7 @@ class NonLocalHyperModel(keras_tuner.HyperModel):
         except ValueError as error:
             return f"{IMPOSSIBLE}: {error}"
         if self.max_parameters is not None and costs.parameters > self.max_parameters:
-            return f"{costs.parameters:,} parameters, the budget is {self.max_parameters:,}"
+            return f"{costs.parameters:,} parameters, the budget is {self.max_parameters:,.0f}"
         if self.max_gmacs is not None and costs.macs > self.max_gmacs * 1e9:
             return f"{costs.macs / 1e9:.4g} GMACs, the budget is {self.max_gmacs:.4g}"
         return None
@@ -283,47 +284,35 @@ class NonLocalHyperModel(keras_tuner.HyperModel):
         options = {"pairwise": pairwise, "pool_size": self.pool_size[pool_size], "window": self.window[window]}
         return place, options
 
-    def _summary(self, network):
-        """Of the network without blocks."""
-        if network not in self._summaries:
-            self._summaries[network] = _without_weights(
-                lambda: summarize(
-                    NETWORKS[network](
-                        classes=self.classes, input_shape=self.clip_shape, non_local=0, **self.network_options
-                    )
-                )
-            )
-        return self._summaries[network]
+    @functools.cached_property
+    def fitting(self):
+        """Architectures that may be built, a list of dictionaries of values.
 
-    def _costs_of_block(self, shape, arguments):
-        key = repr((shape, arguments))
-        if key not in self._block_costs:
-            self._block_costs[key] = _without_weights(_costs_of_layer, shape, arguments)
-        return self._block_costs[key]
+        Raises:
+            ValueError: if there is none.
+        """
+        fitting = [values for values in self._architectures() if self.rejection(values) is None]
+        if not fitting:
+            possible = []
+            for values in self._architectures():
+                with contextlib.suppress(ValueError):
+                    possible.append(self.costs(values))
+            if possible:
+                parameters, macs = min(c.parameters for c in possible), min(c.macs for c in possible)
+                smallest = f"the smallest ones have {parameters:,} parameters, {macs / 1e9:.4g} GMACs"
+            else:
+                smallest = self.rejection(next(self._architectures()))
+            raise ValueError(
+                f"No candidate of the space fits; {smallest}. "
+                f"Received: max_parameters={self.max_parameters!r}, max_gmacs={self.max_gmacs!r}"
+            )
+        return fitting
 
     @functools.cached_property
-    def _first_fit(self):
-        """The values of the first architecture that fits."""
-        reasons, least = {}, {}
-        for values in self._architectures():
-            reason = self.rejection(values)
-            if reason is None:
-                return values
-            reasons[reason] = None
-            with contextlib.suppress(ValueError):
-                costs = self.costs(values)
-                least = {
-                    "parameters": min(costs.parameters, least.get("parameters", math.inf)),
-                    "macs": min(costs.macs, least.get("macs", math.inf)),
-                }
-        if least:
-            smallest = f"the smallest ones have {least['parameters']:,} parameters, {least['macs'] / 1e9:.4g} GMACs"
-        else:
-            smallest = next(iter(reasons))
-        raise ValueError(
-            f"No candidate of the space fits; {smallest}. "
-            f"Received: max_parameters={self.max_parameters!r}, max_gmacs={self.max_gmacs!r}"
-        )
+    def rejected(self):
+        """Architectures that may not be built, a dictionary of their names to the reasons."""
+        reasons = {" ".join(values.values()): self.rejection(values) for values in self._architectures()}
+        return {name: reason for name, reason in reasons.items() if reason is not None}
 
     def _architectures(self):
         for network, non_local in itertools.product(self.networks, self.non_local):
@@ -335,25 +324,42 @@ class NonLocalHyperModel(keras_tuner.HyperModel):
                     yield values | dict(zip(OF_BLOCKS, choice, strict=True))
 
 
-def _without_weights(function, *args):
-    """Calls what builds models, whose variables get a shape and no memory.
+_COSTS = {}  # what `_known_costs` counted
 
-    In a thread of its own: the scope and Keras' list of variables that wait for their values are of one thread, and
-    end with it. In this thread the next scope would fill them all.
+
+def _known_costs(function, *args):
+    """The summary that `function` gives, which builds a model: its variables get a shape and no memory.
+
+    Built in a thread of its own: the scope and Keras' list of variables that wait for their values are of one thread,
+    and end with it. In this thread the next scope would fill them all.
     """
+    key = (function, repr(args), keras.config.image_data_format())
+    if key not in _COSTS:
 
-    def call():
-        with keras.StatelessScope(initialize_variables=False):
-            return function(*args)
+        def call():
+            with keras.StatelessScope(initialize_variables=False):
+                return function(*args)
 
-    with concurrent.futures.ThreadPoolExecutor(1) as executor:
-        return executor.submit(call).result()
+        with concurrent.futures.ThreadPoolExecutor(1) as executor:
+            _COSTS[key] = executor.submit(call).result()
+    return _COSTS[key]
 
 
-def _costs_of_layer(shape, arguments):
+def _network_summary(network, classes, clip_shape, options):
+    """Of a network without blocks."""
+    return summarize(NETWORKS[network](classes=classes, input_shape=clip_shape, non_local=0, **options))
+
+
+def _block_summary(shape, arguments):
+    """Of one block on a map of this shape."""
     inputs = keras.Input(shape)
-    summary = summarize(keras.Model(inputs, NonLocal3D(**arguments)(inputs)))
-    return Costs(summary.parameters, summary.macs)
+    return summarize(keras.Model(inputs, NonLocal3D(**arguments)(inputs)))
+
+
+def meaningful(values):
+    """What makes a candidate another one: those of blocks do not where there is none."""
+    names = ("network", "non_local", *(OF_BLOCKS if values["non_local"] != "0" else ()))
+    return {name: values[name] for name in (*names, "learning_rate", "weight_decay")}
 
 
 def _usual_places(arrangements):
@@ -414,10 +420,3 @@ def _range(argument, value):
             f"Received: {argument}={value!r}"
         )
     return float(pair[0]), float(pair[1])
-
-
-def _choice(hp, name, values, fitting):
-    if len(values) == 1:
-        hp.Fixed(name, values[0])
-    else:
-        hp.Choice(name, values, default=fitting.get(name))
