@@ -1,6 +1,7 @@
 """Tuning: costs before anything is built, and searches of tiny networks that fail, are killed and go on."""
 
 import csv
+import gc
 import importlib
 import json
 import os
@@ -17,8 +18,11 @@ import tensorflow as tf
 
 from keras_nonlocal import cli
 from keras_nonlocal.applications import summarize
+from keras_nonlocal.applications.resnet import NETWORKS
 from keras_nonlocal.data import write_video
+from keras_nonlocal.ops import PAIRWISE
 from keras_nonlocal.tuning import METHODS, Costs, NonLocalHyperModel, tune
+from keras_nonlocal.tuning.space import meaningful
 from tests.test_cli import error_of
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
@@ -86,11 +90,11 @@ def test_a_candidate_over_the_budget_allocates_nothing():
         space.costs(PLAIN).parameters - 10**9
         == NonLocalHyperModel(2, SHAPE).costs(PLAIN).parameters + 128 * (10**9 - 2) - 2
     )
-    assert space.rejection(PLAIN) == "129,000,049,683 parameters, the budget is 2,000,000.0"
+    assert space.rejection(PLAIN) == "129,000,049,296 parameters, the budget is 2,000,000"
     hp = keras_tuner.HyperParameters()
     hp.values = PLAIN | {"learning_rate": 0.1, "weight_decay": 1e-4}
     space.declare_hyperparameters = lambda hp: None  # in this space nothing fits, so that it cannot be declared
-    with pytest.raises(keras_tuner.errors.FailedTrialError, match="Rejected: 129,000,049,683 parameters"):
+    with pytest.raises(keras_tuner.errors.FailedTrialError, match="Rejected: 129,000,049,296 parameters"):
         space.build(hp)
     with keras.StatelessScope():
         pass  # at its end Keras fills all variables that have no value yet
@@ -113,21 +117,21 @@ def test_a_space_in_which_nothing_fits_says_so(tmp_path):
     ):
         tune(NonLocalHyperModel(**SMALL, max_parameters=100), None, None, tmp_path / "out")
     with pytest.raises(ValueError, match="No candidate of the space fits; impossible: Clips must have at least"):
-        tune(NonLocalHyperModel(2, (4, 8, 8, 3)), None, None, tmp_path / "out")
+        tune(NonLocalHyperModel(**SMALL | {"input_shape": (4, 4, 4, 3)}), None, None, tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
 def test_the_space():
+    space = NonLocalHyperModel(2, (8, 64, 64, 3))
+    assert space.networks == list(NETWORKS) and space.pairwise == list(PAIRWISE)
+    assert list(space.non_local) == ["0", "1", "2", "5", "10", "res3_0", "res3_2", "res5_1"]
     hp = keras_tuner.HyperParameters()
-    NonLocalHyperModel(2, (8, 64, 64, 3)).declare_hyperparameters(hp)
+    NonLocalHyperModel(**SMALL).declare_hyperparameters(hp)
     space = {parameter.name: parameter for parameter in hp.space}
-    assert list(space) == [
-        *("network", "non_local", "pairwise", "pool_size", "window", "learning_rate", "weight_decay"),
-    ]
-    assert space["non_local"].values == ["0", "1", "2", "5", "10", "res3_0", "res3_2", "res5_1"]
+    assert list(space) == ["network", "non_local", "pairwise", "pool_size", "window", "learning_rate", "weight_decay"]
+    assert space["network"].values == ["c2d_resnet11", "i3d_resnet11"]
     assert space["window"].values == ["none", "1,all,all", "all,1,1"]
     assert (space["learning_rate"].min_value, space["learning_rate"].max_value) == (1e-3, 1e-1)
-    assert "pairwise" not in hp.values  # without blocks it means nothing
     # The defaults are a candidate that fits; what has one value is not searched.
     hp = keras_tuner.HyperParameters()
     costs = NonLocalHyperModel(**SMALL).costs(PLAIN)
@@ -136,7 +140,8 @@ def test_the_space():
         **small, max_gmacs=costs.macs / 1e9, learning_rate=0.01, weight_decay=0, pairwise=["gaussian"]
     )
     space.declare_hyperparameters(hp)
-    assert hp.values == PLAIN | {"learning_rate": 0.01, "weight_decay": 0.0}
+    assert meaningful(hp.values) == PLAIN | {"learning_rate": 0.01, "weight_decay": 0.0}
+    assert hp.values["pairwise"] == "gaussian"  # without blocks it means nothing
     assert space.rejection(hp.values) is None
 
 
@@ -186,6 +191,15 @@ def test_wrong_spaces(arguments, message):
 
 
 # Searches. The networks that train are tiny; what they are said to cost is what the space's would.
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _quick_collection():
+    """After each trial memory is freed; that need not look through what was there before."""
+    gc.collect()
+    gc.freeze()
+    yield
+    gc.unfreeze()
 
 
 class Tiny(NonLocalHyperModel):
@@ -276,8 +290,13 @@ def test_search(tmp_path):
         assert cells[:3] == [row.trial, row.hyperparameters["network"], row.hyperparameters["non_local"]]
         assert cells[8:10] == [f"{row.parameters / 1e6:.4g} M", f"{row.macs / 1e9:.4g}"]
         assert cells[10:] == ["4", str(row.best_epoch), f"{row.score:.4f}", "completed"]
-    assert lines[-1].startswith(f"{len(result.rejected)} architectures were rejected before they were built: ")
-    assert result.rejected and all(reason.endswith("GMACs, the budget is 0.006") for reason in result.rejected.values())
+    over = sum(reason.endswith(" GMACs, the budget is 0.006") for reason in result.rejected.values())
+    impossible = sum(reason.startswith("impossible: ") for reason in result.rejected.values())
+    assert min(over, impossible) > 0 and over + impossible + len(space.fitting) == 2 * (1 + 3 * 30)
+    assert lines[-1] == (
+        f"{over + impossible} architectures of the space were rejected before they were built: "
+        f"{over} are over the budget, {impossible} impossible."
+    )
     with open(tmp_path / "trials.csv", newline="") as file:
         rows = list(csv.DictReader(file))
     assert [(row["network"], int(row["macs"]), float(row["learning_rate"])) for row in rows] == [
@@ -446,11 +465,14 @@ def test_a_kill_before_the_best_model_was_written_is_mended(tmp_path, monkeypatc
     assert len(space.trained) == 1 and weights_of(result.model_path) == {2.0}
 
 
-def test_a_small_space_ends_when_all_was_tried(tmp_path):
-    options = {"learning_rate": 0.1, "weight_decay": 0, "non_local": [0, 5], "pairwise": ["gaussian"]}
+def test_a_small_space_is_tried_as_a_whole(tmp_path):
+    """Also the last candidates, which random draws meet rarely; none twice."""
+    options = {"learning_rate": 0.1, "weight_decay": 0, "pool_size": [None], "non_local": [0, 1]}
     space = Scripted(lambda trial: [0.5], **options)
-    result = tune(space, None, None, tmp_path, max_trials=9, epochs=1, verbose=0)
-    assert sorted(row.hyperparameters["network"] for row in result.rows) == ["c2d_resnet11", "i3d_resnet11"]
+    result = tune(space, None, None, tmp_path, max_trials=99, epochs=1, verbose=0)
+    tried = [row.hyperparameters for row in result.rows]
+    rates = {"learning_rate": 0.1, "weight_decay": 0.0}
+    assert len(tried) == len(space.fitting) and all(values | rates in tried for values in space.fitting)
 
 
 def test_a_folder_of_another_search_is_refused(tmp_path):

@@ -44,11 +44,14 @@ class _Oracle:
     def populate_space(self, trial_id):
         """The values of a trial: those of the method, or random ones if they do not fit or were tried."""
         response = super().populate_space(trial_id)
-        values = response.get("values")
-        if not values or "tuner/trial_id" in values:  # over, or Hyperband goes on with an earlier trial
+        values = response.get("values") or {}
+        if "tuner/trial_id" in values:  # Hyperband goes on with an earlier trial
             return response
+        if not values and isinstance(self, keras_tuner.oracles.HyperbandOracle):  # its schedule is over
+            return response
+        # The other methods have no values where they drew tried ones 20 times, though there may be others.
         tried = [meaningful(trial.hyperparameters.values) for trial in self.trials.values()]
-        if self.candidates.rejection(values) is None and meaningful(values) not in tried:
+        if values and self.candidates.rejection(values) is None and meaningful(values) not in tried:
             return response
         rng = np.random.default_rng([self.seed, int(trial_id)])
         rates = {

@@ -1,7 +1,6 @@
 """Networks with non-local blocks as a search space, and what each of them costs before it is built."""
 
 import concurrent.futures
-import contextlib
 import dataclasses
 import functools
 import itertools
@@ -167,15 +166,15 @@ class NonLocalHyperModel(keras_tuner.HyperModel):
         Raises:
             ValueError: if no candidate of the space fits.
         """
+        default = self.fitting[0]
         # None is conditional, though those of blocks mean nothing without blocks: Keras Tuner would build a candidate of
-        # each condition to learn of it, whether that fits or not.
-        fitting = self.fitting[0]
+        # each condition to learn what depends on it, whether that fits or not.
         for name in ARCHITECTURE:
             values = list(getattr(self, ATTRIBUTES.get(name, name)))
             if len(values) == 1:
                 hp.Fixed(name, values[0])
             else:
-                hp.Choice(name, values, default=fitting.get(name))
+                hp.Choice(name, values, default=default.get(name))
         for name in ("learning_rate", "weight_decay"):
             low, high = getattr(self, name)
             if low == high:
@@ -284,35 +283,36 @@ class NonLocalHyperModel(keras_tuner.HyperModel):
         options = {"pairwise": pairwise, "pool_size": self.pool_size[pool_size], "window": self.window[window]}
         return place, options
 
-    @functools.cached_property
+    @property
     def fitting(self):
         """Architectures that may be built, a list of dictionaries of values.
 
         Raises:
             ValueError: if there is none.
         """
-        fitting = [values for values in self._architectures() if self.rejection(values) is None]
+        fitting = [values for values, reason in self._judged if reason is None]
         if not fitting:
-            possible = []
-            for values in self._architectures():
-                with contextlib.suppress(ValueError):
-                    possible.append(self.costs(values))
+            possible = [self.costs(values) for values, reason in self._judged if not reason.startswith(IMPOSSIBLE)]
             if possible:
                 parameters, macs = min(c.parameters for c in possible), min(c.macs for c in possible)
                 smallest = f"the smallest ones have {parameters:,} parameters, {macs / 1e9:.4g} GMACs"
             else:
-                smallest = self.rejection(next(self._architectures()))
+                smallest = self._judged[0][1]
             raise ValueError(
                 f"No candidate of the space fits; {smallest}. "
                 f"Received: max_parameters={self.max_parameters!r}, max_gmacs={self.max_gmacs!r}"
             )
         return fitting
 
-    @functools.cached_property
+    @property
     def rejected(self):
         """Architectures that may not be built, a dictionary of their names to the reasons."""
-        reasons = {" ".join(values.values()): self.rejection(values) for values in self._architectures()}
-        return {name: reason for name, reason in reasons.items() if reason is not None}
+        return {" ".join(values.values()): reason for values, reason in self._judged if reason is not None}
+
+    @functools.cached_property
+    def _judged(self):
+        """Every architecture, with the reason why it is rejected."""
+        return [(values, self.rejection(values)) for values in self._architectures()]
 
     def _architectures(self):
         for network, non_local in itertools.product(self.networks, self.non_local):
