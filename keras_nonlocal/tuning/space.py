@@ -167,7 +167,7 @@ class NonLocalHyperModel(keras_tuner.HyperModel):
             ValueError: if no candidate of the space fits.
         """
         default = self.fitting[0]
-        # None is conditional, though those of blocks mean nothing without blocks: Keras Tuner would build a candidate of
+        # None is conditional, though those of blocks mean nothing without: Keras Tuner would build a candidate of
         # each condition to learn what depends on it, whether that fits or not.
         for name in ARCHITECTURE:
             values = list(getattr(self, ATTRIBUTES.get(name, name)))
