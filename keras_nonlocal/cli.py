@@ -162,7 +162,9 @@ def _tune(args):
             max_gmacs=args.max_gmacs,
             multi_label=datasets[0].element_spec[1].shape.rank == 2,
         )
-        settings = {name: vars(args).get(name) for name in (*SETTINGS, "batch_size", "validation_split")}
+        # As `train` writes it, and what else must be the same for a search to go on.
+        names = (*SETTINGS, "no_flip", "batch_size", "split", "validation_split")
+        settings = {name: vars(args).get(name) for name in names} | {"class_names": class_names}
         result = tune(
             hypermodel,
             *(
@@ -174,7 +176,7 @@ def _tune(args):
             epochs=args.epochs,
             method=args.method,
             seed=args.seed,
-            metadata=settings | {"class_names": class_names},  # as `train` writes it
+            metadata=settings,
             verbose=2,
         )
     print(f"\n{result.table()}\n")

@@ -279,10 +279,12 @@ def _check_directory(directory, settings):
                 f"Received: directory={str(directory)!r}"
             )
         return False
-    before = json.loads(path.read_text(encoding="utf-8"))["settings"]
-    now = json.loads(json.dumps(settings))
+    before = _flat(json.loads(path.read_text(encoding="utf-8"))["settings"])
+    now = _flat(json.loads(json.dumps(settings)))
     differences = [
-        f"{name} {before.get(name)!r}, not {value!r}" for name, value in now.items() if before.get(name) != value
+        f"{name} {before.get(name)!r}, not {now.get(name)!r}"
+        for name in before | now
+        if before.get(name) != now.get(name)
     ]
     if differences:
         raise ValueError(
@@ -290,6 +292,11 @@ def _check_directory(directory, settings):
             f"Received: directory={str(directory)!r}"
         )
     return True
+
+
+def _flat(settings):
+    metadata = settings["metadata"] or {}
+    return settings | {"metadata": None} | {f"metadata {name}": value for name, value in metadata.items()}
 
 
 class _Tuner(keras_tuner.Tuner):
