@@ -208,8 +208,9 @@ def tune(
 
     Example:
 
-    >>> clips, labels = np.zeros((4, 4, 32, 32, 3), "float32"), np.array([0, 1, 0, 1])
     >>> import tensorflow as tf
+    >>> from keras_nonlocal.tuning import NonLocalHyperModel
+    >>> clips, labels = np.zeros((4, 4, 32, 32, 3), "float32"), np.array([0, 1, 0, 1])
     >>> dataset = tf.data.Dataset.from_tensor_slices((clips, labels)).batch(4)
     >>> space = NonLocalHyperModel(2, (4, 32, 32, 3), networks=["c2d_resnet11"], max_gmacs=0.01)
     >>> result = tune(space, dataset, dataset, "search", max_trials=1, epochs=1, verbose=0)
