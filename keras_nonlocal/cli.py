@@ -37,6 +37,8 @@ EXPORT_OPTIONS = (
     "jit_compile",
     "warmup",
 )
+# Of `keras_nonlocal.tuning`, which needs Keras Tuner.
+TUNING_METHODS = ("random", "bayesian", "hyperband")
 SHORTER_SIDE_HELP = "frames are resized to it before the crops (default: the smallest of the training)"
 
 
@@ -125,6 +127,63 @@ def _train(args):
     if validation is not None:
         print(f"validation: {validation.report.summary()}")
     print(f"Wrote {out} for {len(class_names)} classes: {', '.join(class_names)}")
+    return 0
+
+
+def _tune(args):
+    from keras_nonlocal import applications
+    from keras_nonlocal.data import video_dataset_from_directory
+
+    with _reported_as_bad_input():
+        from keras_nonlocal.tuning import NonLocalHyperModel, tune
+
+        datasets = video_dataset_from_directory(
+            args.data,
+            batch_size=args.batch_size,
+            **_clips(args),
+            **_annotations(args),
+            validation_split=args.validation_split,
+            subset="both",
+        )
+        class_names = datasets[0].class_names
+        if len(class_names) < 2:
+            raise _BadInput(f"a classifier needs at least 2 classes. Received: DATA={args.data!r} with {class_names}")
+        sizes = (args.image_size, args.image_size, 3)
+        hypermodel = NonLocalHyperModel(
+            len(class_names),
+            (args.num_frames, None, None, 3),  # other sizes may be tested than trained on
+            (args.num_frames, *sizes),
+            networks=args.networks,
+            non_local=args.non_local,
+            pairwise=args.pairwise,
+            learning_rate=tuple(args.learning_rate),
+            weight_decay=tuple(args.weight_decay),
+            max_parameters=args.max_parameters,
+            max_gmacs=args.max_gmacs,
+            multi_label=datasets[0].element_spec[1].shape.rank == 2,
+        )
+        # As `train` writes it, and what else must be the same for a search to go on.
+        names = (*SETTINGS, "no_flip", "batch_size", "split", "validation_split")
+        settings = {name: vars(args).get(name) for name in names} | {"class_names": class_names}
+        result = tune(
+            hypermodel,
+            *(
+                dataset.map(lambda clips, labels: (applications.preprocess_input(clips), labels))
+                for dataset in datasets
+            ),
+            args.out,
+            max_trials=args.max_trials,
+            epochs=args.epochs,
+            method=args.method,
+            seed=args.seed,
+            metadata=settings,
+            verbose=2,
+        )
+    print(f"\n{result.table()}\n")
+    for name, dataset in zip(("training", "validation"), datasets, strict=True):
+        print(f"{name}: {dataset.report.summary()}")
+    best = result.best
+    print(f"Wrote {result.model_path} of trial {best.trial}, {result.objective} {best.score:.4f}")
     return 0
 
 
@@ -715,6 +774,50 @@ def _parser():
         "--validation-split", type=float, default=0.0, metavar="F", help="fraction kept for validation (default: none)"
     )
     train.add_argument("--seed", type=int, default=0, metavar="N", help="(default: %(default)s)")
+
+    tune = _command(commands, "tune", _tune, "searches for the best network within a budget")
+    tune.add_argument("data", metavar="DATA", help=data_help)
+    _annotation_options(tune)
+    tune.add_argument(
+        "--out", required=True, metavar="DIR", help="folder for the trials and the best model; goes on where it was"
+    )
+    tune.add_argument("--networks", nargs="+", choices=NETWORKS, help="networks to try (default: all)")
+    tune.add_argument(
+        "--non-local", nargs="+", type=int, metavar="N", help="numbers of non-local blocks to try (default: all)"
+    )
+    tune.add_argument("--pairwise", nargs="+", choices=PAIRWISE, help="pairwise functions to try (default: all)")
+    tune.add_argument("--max-parameters", type=_rate, metavar="N", help="most parameters of a network, such as 2e6")
+    tune.add_argument("--max-gmacs", type=_rate, metavar="X", help="most multiply-adds for a clip, in 10^9")
+    tune.add_argument(
+        "--method", choices=TUNING_METHODS, default="random", help="how trials are chosen (default: %(default)s)"
+    )
+    tune.add_argument(
+        "--max-trials", type=_positive, default=10, metavar="N", help="networks to train (default: %(default)s)"
+    )
+    tune.add_argument(
+        "--epochs",
+        type=_positive,
+        default=10,
+        metavar="N",
+        help="passes of each over the videos (default: %(default)s)",
+    )
+    for option, default in (("--learning-rate", [1e-3, 1e-1]), ("--weight-decay", [1e-6, 1e-3])):
+        tune.add_argument(
+            option,
+            type=_rate,
+            nargs=2,
+            metavar=("LOW", "HIGH"),
+            default=default,
+            help=f"of SGD, tried within this range (default: {default[0]:g} {default[1]:g})",
+        )
+    _training_clips(tune)
+    tune.add_argument(
+        "--batch-size", type=_positive, default=8, metavar="N", help="clips in a batch (default: %(default)s)"
+    )
+    tune.add_argument(
+        "--validation-split", type=float, default=0.2, metavar="F", help="fraction to judge by (default: %(default)s)"
+    )
+    tune.add_argument("--seed", type=int, default=0, metavar="N", help="(default: %(default)s)")
 
     evaluate = _command(commands, "evaluate", _evaluate, "measures a model over several views of each video")
     evaluate.add_argument("model", metavar="MODEL", help=model_help)
