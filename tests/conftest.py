@@ -27,6 +27,7 @@ else:
     collect_ignore = [path.name for path in Path(__file__).parent.glob("test_*.py") if path.name not in portable]
 # What needs a package that the plain tests do without; CONTRIBUTING.md says how to get it.
 PEERS = {
+    "test_benchmarks_models_peers.py": ("torch", "torchvision", "pytorchvideo"),
     "test_checkpoints_torch.py": ("torch",),
     "test_insert_keras_hub.py": ("keras_hub",),
     "test_parity.py": ("torch",),
