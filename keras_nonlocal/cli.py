@@ -17,9 +17,9 @@ import warnings
 
 from keras_nonlocal.applications.resnet import NETWORKS
 from keras_nonlocal.data.annotations import FORMATS, SPLITS
-from keras_nonlocal.data.files import whole_file
 from keras_nonlocal.data.sampling import SAMPLERS
 from keras_nonlocal.evaluation import VIEW_REDUCTIONS
+from keras_nonlocal.files import whole_file
 from keras_nonlocal.ops import PAIRWISE
 
 # What `train` writes beside the model, so that the other commands prepare clips as it did.

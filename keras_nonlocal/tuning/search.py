@@ -1,6 +1,5 @@
 """A search of Keras Tuner that survives being killed, with a table of its trials and the best model."""
 
-import contextlib
 import csv
 import dataclasses
 import gc
@@ -9,7 +8,6 @@ import json
 import math
 import os
 import pathlib
-import uuid
 import warnings
 
 import keras
@@ -17,6 +15,7 @@ import keras_tuner
 import numpy as np
 
 from keras_nonlocal.applications.resnet import is_integer
+from keras_nonlocal.files import whole_file
 from keras_nonlocal.tuning.space import ARCHITECTURE, IMPOSSIBLE, meaningful
 
 COLUMNS = (*ARCHITECTURE, "learning_rate", "weight_decay")
@@ -381,7 +380,7 @@ class _Tuner(keras_tuner.Tuner):
             if self.oracle.settings["metadata"] is not None:
                 text = json.dumps(self.oracle.settings["metadata"], indent=2) + "\n"
                 _write(self.folder / f"{BEST_MODEL}.json", text)
-            with _whole_file(self.folder / BEST_MODEL) as scratch:
+            with whole_file(self.folder / BEST_MODEL) as scratch:
                 model.save(scratch)
             self.oracle.saved_best = best.trial
             self.save()
@@ -440,7 +439,7 @@ class _BestEpoch(keras.callbacks.Callback):
         value = float(logs[self.objective.name])
         if self.best is None or self.objective.better_than(value, self.best):
             self.best, self.best_epoch = value, epoch + 1
-            with _whole_file(self.path) as scratch:
+            with whole_file(self.path) as scratch:
                 self.model.save_weights(scratch)
 
     def results(self):
@@ -501,17 +500,5 @@ def _shown(value):
 
 
 def _write(path, text):
-    with _whole_file(path) as scratch:
+    with whole_file(path) as scratch:
         pathlib.Path(scratch).write_text(text, encoding="utf-8")
-
-
-@contextlib.contextmanager
-def _whole_file(path):
-    """A name beside `path` that becomes it once what the block wrote is whole."""
-    folder, name = os.path.split(path)
-    scratch = os.path.join(folder, f".{uuid.uuid4().hex}.{name}")
-    try:
-        yield scratch
-        os.replace(scratch, path)
-    finally:
-        pathlib.Path(scratch).unlink(missing_ok=True)

@@ -5,16 +5,16 @@ Shape letters:
     h, w: height and width of a drawn frame
 """
 
-import contextlib
 import fractions
 import math
 import os
 import pathlib
-import uuid
 
 import av
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
+
+from keras_nonlocal.files import whole_file
 
 # Colours of weights from 0 to the largest, and from the largest negative one over 0 to the largest positive one. The
 # first is seen on grey and on black, the second leaves 0 to the picture below.
@@ -153,7 +153,7 @@ def write_attention_video(clip, attention, path, fps=4, count=None, frame_height
     height, width = pictures.shape[1:3]
     even = ((0, 0), (0, height % 2), (0, width % 2), (0, 0))  # yuv420p has half the sizes for colours
     pictures = np.pad(pictures, even, mode="edge")
-    with _whole_file(path) as scratch:
+    with whole_file(path) as scratch:
         WRITERS[suffix](scratch, pictures, fps, scale)
     return pictures
 
@@ -291,7 +291,7 @@ class _Sheet:
 
     def save(self, path):
         if path is not None:
-            with _whole_file(path) as scratch:
+            with whole_file(path) as scratch:
                 self.picture.save(scratch, format="PNG")
         return self.picture
 
@@ -395,16 +395,3 @@ def _write_gif(path, pictures, fps, scale):
 
 
 WRITERS = {".mp4": _write_mp4, ".gif": _write_gif}
-
-
-@contextlib.contextmanager
-def _whole_file(path):
-    """A name beside `path` that becomes `path` once it is written: whole or not at all."""
-    folder, name = os.path.split(os.fspath(path))
-    scratch = os.path.join(folder, f".{uuid.uuid4().hex}.{name}")
-    try:
-        yield scratch
-        os.replace(scratch, path)
-    finally:
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(scratch)
