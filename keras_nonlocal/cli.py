@@ -1,4 +1,4 @@
-"""`keras-nonlocal …`: trains, evaluates, predicts, exports, verifies and converts from the command line.
+"""`keras-nonlocal …`: trains, evaluates, predicts, visualizes, tunes, exports, verifies and converts in the shell.
 
 Every command parses, calls the package and prints. Bad input is one line on stderr and exit code 2.
 """
