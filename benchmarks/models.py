@@ -156,7 +156,7 @@ def targets(results):
 
 
 def in_short(results):
-    """Ours over the best peer in time and extra memory: what the README shows."""
+    """Ours over the best peer in time and memory: what the README shows."""
     yield report.row(["network", "blocks", *MODES.values(), "five blocks ÷ none, training step"])
     yield report.row(["---"] * 2 + ["---:"] * (len(MODES) + 1))
     for key, case in results["cases"].items():
@@ -230,12 +230,13 @@ def markdown(results):
         yield "**Small clips (`--quick`): shows that everything runs. The numbers mean nothing.**"
     yield ""
     yield (
-        f"Each cell: median time of {results['rounds']} rounds in turns / extra memory, the peak of a run above what "
-        "the process held before it (weights and momentum are held). Float32. A training step: forward, cross-entropy, "
-        "backward to all weights, SGD with Nesterov momentum and weight decay. Ours: `train_on_batch`, the compiled "
-        "step of `fit`, and `predict_on_batch`; PyTorch: eager. ÷ best: ours over the fastest, or leanest, peer."
+        f"Each cell: median time of {results['rounds']} rounds in turns / memory, the peak of a run above what the "
+        "process held with its libraries loaded (weights, momentum and compiled graphs count). Float32. A training "
+        "step: forward, cross-entropy, backward to all weights, SGD with Nesterov momentum and weight decay. Ours: "
+        "`train_on_batch`, the compiled step of `fit`, and `predict_on_batch`; PyTorch: eager. ÷ best: ours over the "
+        "fastest, or leanest, peer."
     )
-    yield from ("", "## In short: time / extra memory of ours over the best peer's", "", *in_short(results))
+    yield from ("", "## In short: time / memory of ours over the best peer's", "", *in_short(results))
     for peer, description in descriptions.items():
         if "failure" in description:
             yield from ("", f"{NAMES[peer]}: {description['failure']}.")
