@@ -2,7 +2,7 @@
 
     pip install ".[test]"
     python examples/ablation.py            # FULL_TIME; stopped and called again, it goes on where it was
-    python examples/ablation.py --quick    # the same steps, hardly any training: its figures mean nothing
+    python examples/ablation.py --quick    # a few of the networks, hardly any training: its figures mean nothing
 
 Tables a to g are those of the paper: pairwise functions, stage, number of blocks, space/time/spacetime, against 3-D
 convolution, with 3-D convolution, longer clips. The clips are made of the real handwritten digits that ship in
@@ -23,6 +23,7 @@ temporal convolutions, inflated at their centre. Each seed has its own image net
 import argparse
 import dataclasses
 import datetime
+import functools
 import importlib.metadata
 import json
 import os
@@ -62,23 +63,6 @@ LOSS_WEIGHTS = {"recall": 1.0, "motion": 0.1, "digit": 0.1}
 # On black frames a drawn digit is an outlier to batch norm: its features have norms of 80, and only scores so scaled
 # start inside of the softmax's range.
 BLOCK = {"pool_size": (1, 2, 2), "inner_channels": 32, "kernel_initializer": "he_normal", "scale": 0.01}
-
-
-@dataclasses.dataclass(frozen=True)
-class Size:
-    """How much data, and for how long."""
-
-    images: int
-    image_epochs: int
-    train_clips: int
-    test_clips: int
-    epochs: int
-    seeds: int
-    batch_size: int = 16
-
-
-FULL = Size(images=12000, image_epochs=4, train_clips=3000, test_clips=800, epochs=4, seeds=3)
-QUICK = Size(images=8, image_epochs=1, train_clips=4, test_clips=6, epochs=1, seeds=2, batch_size=4)
 
 
 # --- The rows and the tables ------------------------------------------------------------------------------------------
@@ -127,6 +111,42 @@ ROWS = {
     "I3D, long": Row(inflation="3x1x1", frames=LONG, against="C2D, long"),
     "NL I3D, long": Row(TWO, inflation="3x1x1", frames=LONG, against="I3D, long"),
 }
+
+
+@dataclasses.dataclass(frozen=True)
+class Size:
+    """How much data, for how long, and of which networks."""
+
+    images: int
+    image_epochs: int
+    train_clips: int
+    test_clips: int
+    epochs: int
+    seeds: int
+    batch_size: int
+    rows: tuple
+
+
+FULL = Size(
+    images=12000,
+    image_epochs=4,
+    train_clips=3000,
+    test_clips=800,
+    epochs=4,
+    seeds=3,
+    batch_size=16,
+    rows=tuple(ROWS),
+)
+QUICK = Size(
+    images=8,
+    image_epochs=1,
+    train_clips=4,
+    test_clips=6,
+    epochs=1,
+    seeds=2,
+    batch_size=4,
+    rows=("C2D", "C2D, hidden layers", "time", "I3D 3×1×1", "NL I3D"),
+)
 
 # The tables: title, the row that counts as 1× of parameters and multiply-adds, rows `(row, label, what the paper has)`
 # and a remark. The paper's figures are top-1 % on the validation set of Kinetics-400, with ResNet-50 but where it says
@@ -177,7 +197,7 @@ TABLES = (
             ("time", "time only", "73.1"),
             ("2 blocks", "spacetime", "73.8"),
         ),
-        "Two blocks here, five in the paper. Keys are sub-sampled in space, but for time only, which has nothing to pool.",
+        "Two blocks here, five in the paper. Keys are sub-sampled in space; for time only, there is nothing to pool.",
     ),
     (
         "e. Non-local blocks against 3-D convolution",
@@ -209,8 +229,8 @@ TABLES = (
             ("I3D, long", "I3D", "74.9"),
             ("NL I3D, long", "NL I3D", "76.5"),
         ),
-        f"{LONG} frames with a gap of {LONG_GAP} in place of {FRAMES} with one of {GAP}: the same is shown, farther apart. "
-        "The paper has 128 frames in place of 32, and more of the video in them.",
+        f"{LONG} frames with a gap of {LONG_GAP} in place of {FRAMES} with one of {GAP}: the same is shown, farther "
+        "apart. The paper has 128 frames in place of 32, and more of the video in them.",
     ),
 )
 
@@ -218,6 +238,7 @@ TABLES = (
 # --- The clips --------------------------------------------------------------------------------------------------------
 
 
+@functools.cache
 def load_glyphs():
     """Real handwritten digits as `(digits, 14, 14)` in 0..1, their classes, and the indices to train and test with."""
     digits = load_digits()
@@ -263,12 +284,13 @@ def render_clips(seed, count, pool, gap):
     """`count` clips and their answers by question."""
     rng = np.random.default_rng(seed)
     glyphs, classes, *pools = load_glyphs()
-    clips, answers = zip(*(render_clip(rng, glyphs, classes, pools[pool == "test"], gap) for _ in range(count)))
-    return np.stack(clips), {name: np.array([answer[name] for answer in answers], "int32") for name in QUESTIONS}
+    rendered = [render_clip(rng, glyphs, classes, pools[pool == "test"], gap) for _ in range(count)]
+    answers = {name: np.array([answer[name] for _, answer in rendered], "int32") for name in QUESTIONS}
+    return np.stack([clip for clip, _ in rendered]), answers
 
 
 def render_images(seed, count):
-    """Images as clips of one frame, of one digit in one colour or in white: `(count, 1, 32, 32, 3)`; digits; colours."""
+    """Clips of one frame with one digit, in a colour or in white, `(count, 1, 32, 32, 3)`, and their two labels."""
     rng = np.random.default_rng(seed)
     glyphs, classes, pool, _ = load_glyphs()
     chosen, colours = rng.choice(pool, count), rng.integers(len(COLOURS) + 1, size=count)
@@ -451,7 +473,7 @@ def settings_of(size):
         "frames": [CUE, GAP, LONG_GAP, QUESTION],
         "block": BLOCK | {"pool_size": list(BLOCK["pool_size"])},  # as it comes back from JSON
         "loss_weights": LOSS_WEIGHTS,
-        "rows": {name: repr(row) for name, row in ROWS.items()},
+        "rows": {name: repr(ROWS[name]) for name in size.rows},
         "versions": packages | {"python": platform.python_version()},
     }
 
@@ -480,7 +502,7 @@ def run_row(row, seed, image_model, features, size):
 
 
 def run_seed(seed, size, runs):
-    wanted = [name for name in ROWS if not runs.has(name, seed)]
+    wanted = [name for name in size.rows if not runs.has(name, seed)]
     if not wanted:
         return
     keras.utils.set_random_seed(seed)
@@ -524,18 +546,19 @@ def accuracy_interval(right):
     return mean, max(min(low, wilson[0]), 0.0), min(max(high, wilson[1]), 1.0)
 
 
-def collect(runs, seeds):
+def collect(runs, size):
     """All figures by row: costs, accuracy by question, and the difference to the row it is compared with."""
+    seeds = range(size.seeds)
     right = {
         name: {
             question: np.array([[int(digit) for digit in runs.get(name, seed)["right"][question]] for seed in seeds])
             for question in QUESTIONS
         }
-        for name in ROWS
+        for name in size.rows
     }
     rows = {}
-    for name, row in ROWS.items():
-        run = runs.get(name, seeds[0])
+    for name in size.rows:
+        row, run = ROWS[name], runs.get(name, seeds[0])
         rows[name] = {key: run[key] for key in ("parameters", "trained", "macs")} | {"frames": row.frames}
         rows[name]["seconds"] = round(float(np.mean([runs.get(name, seed)["seconds"] for seed in seeds])), 1)
         rows[name]["by_seed"] = {key: values.mean(axis=1).tolist() for key, values in right[name].items()}
@@ -548,8 +571,8 @@ def collect(runs, seeds):
 
 
 def format_accuracy(values):
-    mean, low, high = values
-    return f"{mean:.1%} ({low:.1%} – {high:.1%})".replace("%", "") if mean is not None else ""
+    mean, low, high = (100 * value for value in values)
+    return f"{mean:.1f} ({low:.1f} – {high:.1f})"
 
 
 def format_difference(values):
@@ -566,6 +589,8 @@ def table(title, base, entries, remark, rows):
         f"|---|---:|---:|{'---:|' * len(QUESTIONS)}---:|",
     ]
     for name, label, published in entries:
+        if name not in rows:  # of the quick run
+            continue
         row = rows[name]
         costs = " | ".join(f"{row[key] / rows[base][key]:.2f}×" for key in ("parameters", "macs"))
         figures = " | ".join(format_accuracy(row["accuracy"][question]) for question in QUESTIONS)
@@ -586,54 +611,59 @@ def table_of_differences(rows):
 
 
 def verdicts(rows):
-    """For each question the rows that are better, worse, and neither, than those they are compared with."""
+    """For each question the rows that are better or worse than what they are compared with, and those that guess."""
     lines = []
-    for question in QUESTIONS:
-        kinds = {"better": [], "worse": [], "no difference shown": []}
+    for question, chance in CHANCE.items():
+        kinds = {"better": [], "worse": [], "no difference shown": [], "not shown to be better than a guess": []}
         for name, row in rows.items():
             if row["against"]:
                 _, low, high = row["difference"][question]
                 kinds["better" if low > 0 else "worse" if high < 0 else "no difference shown"].append(name)
-        parts = "; ".join(f"{kind}: {', '.join(names)}" for kind, names in kinds.items() if names)
-        lines.append(f"- {question}: {parts}.")
+            if row["accuracy"][question][1] <= chance:
+                kinds["not shown to be better than a guess"].append(name)
+        lines.append(f"- **{question}**")
+        lines += [f"  - {kind}: {'; '.join(names)}." for kind, names in kinds.items() if names]
     return "\n".join(lines)
 
 
-def report(rows, size, seeds, quick, seconds, versions, dates):
-    base = rows["C2D"]
-    warning = ["This is the quick run: hardly any training. Its figures mean nothing."] if quick else []
-    reached = ", ".join(f"{name} {frames} frames" for name, frames in reaches().items())
-    return "\n\n".join(
-        [
-            "# The paper's Table 2 in small",
-            *warning,
-            f"`python examples/ablation.py`, {' to '.join(sorted({min(dates), max(dates)}))}, "
-            + ", ".join(f"{name} {version}" for name, version in versions.items())
-            + f"; {seconds / 60:.0f} minutes of runs.",
-            f"Clips of {FRAMES} frames of {SIDE}×{SIDE} pixels, made of real handwritten digits: {CUE} with a white digit "
-            f"that moves, {GAP} black, {QUESTION} with two coloured digits. Three questions: **recall**, the colour of "
-            f"the digit of the white one's class, across the gap (a guess between the two: 50 %); **motion**, left or "
-            f"right, in adjacent frames (chance 50 %); **digit**, the class that is shown most, in every frame (chance "
-            f"10 %). All temporal convolutions and pooling together reach over: {reached}; the last frame of the cue and "
-            f"the first of the question span {GAP + 2}.",
-            f"Small C2D/I3D ResNets with frozen weights of images, of which only what is new trains: {size.epochs} "
-            f"epoch(s) on {size.train_clips} clips. {len(seeds)} seeds, each with its own image network, training clips "
-            f"and new weights; {size.test_clips} test clips of other people's digits, the same for all. In brackets: "
-            "95 % intervals over seeds and test clips as crossed random effects (the variance of the seeds' means over "
-            "the number of seeds, plus that of the clips' means over the number of clips; Student's t with "
-            "Satterthwaite's degrees of freedom; not narrower than Wilson's over the clips). Parameters and "
-            f"multiply-adds by `applications.summarize`; the C2D has {base['parameters']:,} and "
-            f"{base['macs'] / 1e6:.1f} M. The paper's figures are another network's on another task: the last column is "
-            "to compare orders, not numbers.",
-            *(table(*entry, rows) for entry in TABLES),
-            "## Differences\n\nOn the same seeds and clips, 95 % intervals as above; bold where the interval excludes 0. "
-            f"They are {sum(bool(row['against']) for row in rows.values()) * len(QUESTIONS)} intervals: one or two of "
-            "these may err by chance.\n",
-            table_of_differences(rows),
-            verdicts(rows),
-            "![accuracy by network](accuracy.png)\n\n![recall and what it costs](cost.png)",
-        ]
-    )
+def report(rows, size, quick, seconds, versions, dates):
+    base, compared = rows["C2D"], sum(bool(row["against"]) for row in rows.values()) * len(QUESTIONS)
+    packages = ", ".join(f"{name} {version}" for name, version in versions.items())
+    reached = ", ".join(f"{name} {frames}" for name, frames in reaches().items())
+    parts = [
+        "# The paper's Table 2 in small",
+        "This is the quick run: hardly any training. Its figures mean nothing." if quick else "",
+        f"`python examples/ablation.py`, {' to '.join(sorted({min(dates), max(dates)}))}, {packages}; "
+        f"{seconds / 60:.0f} minutes of training and testing.",
+        f"Clips of {FRAMES} frames of {SIDE}×{SIDE} pixels, made of real handwritten digits: {CUE} with a white digit "
+        f"that moves, {GAP} black, {QUESTION} with two coloured digits. Three questions:",
+        "- **recall**: the colour of the digit of the white one's class, across the gap. A guess between the two: "
+        "50 %.\n"
+        "- **motion**: whether the white digit moved to the left or to the right, in adjacent frames. Chance is 50 %.\n"
+        "- **digit**: the class that is shown most, in every frame. Chance is 10 %.",
+        f"Convolutions and pooling together reach over (frames): {reached}; the last frame of the cue and the first of "
+        f"the question span {GAP + 2}.",
+        "Small C2D and I3D ResNets with frozen weights of images, of which only what is new trains: "
+        f"{size.train_clips} clips, {size.epochs} epoch(s). {size.seeds} seeds, each with its own image network, "
+        f"training clips and new weights. {size.test_clips} test clips of other people's digits, the same for all.",
+        "In brackets: 95 % intervals over seeds and test clips, as crossed random effects: the variance of the seeds' "
+        "means over the number of seeds, plus that of the clips' means over the number of clips; Student's t with "
+        "Satterthwaite's degrees of freedom; not narrower than Wilson's over the clips.",
+        f"Parameters and multiply-adds by `applications.summarize`; the C2D has {base['parameters']:,} and "
+        f"{base['macs'] / 1e6:.1f} M. The paper's figures are of other networks on another task: the last column is to "
+        "compare orders, not numbers.",
+        *(table(*entry, rows) for entry in TABLES if entry[1] in rows),
+        "## Differences",
+        "On the same seeds and clips, 95 % intervals as above; bold where the interval excludes 0. Of "
+        f"{compared} such intervals about {compared * 0.05:.0f} may err by chance.",
+        table_of_differences(rows),
+        "## What helps, and what does not",
+        "By the intervals above, each network against the one that is named there:",
+        verdicts(rows),
+        "![accuracy by network](accuracy.png)",
+        "![recall and what it costs](cost.png)",
+    ]
+    return "\n\n".join(part for part in parts if part)
 
 
 def reaches():
@@ -709,18 +739,10 @@ def main(argv=None):
     for seed in range(size.seeds):
         run_seed(seed, size, runs)
 
-    seeds = list(range(size.seeds))
-    rows = collect(runs, seeds)
-    every = runs.runs.values()
-    summary = report(
-        rows,
-        size,
-        seeds,
-        arguments.quick,
-        sum(run["seconds"] for run in every),
-        settings["versions"],
-        [run["date"] for run in every],
-    )
+    rows = collect(runs, size)
+    seconds = sum(run["seconds"] for run in runs.runs.values())
+    dates = [run["date"] for run in runs.runs.values()]
+    summary = report(rows, size, arguments.quick, seconds, settings["versions"], dates)
     results = {"quick": arguments.quick, "rows": rows, "settings": settings}
     write_text(out / "results.json", json.dumps(results, indent=1) + "\n")
     write_text(out / "results.md", summary + "\n")
