@@ -522,21 +522,17 @@ def run_seed(seed, size, runs):
 def interval(values):
     """Mean and 95 % interval of `(seeds, clips)` values, where seeds and clips are both drawn at random.
 
-    Every seed is asked the same clips, so values of one seed are related, and so are those of one clip. The variance of
-    the mean is estimated as that of the seeds' means over the number of seeds plus that of the clips' means over the
-    number of clips, which counts the chance inside of each twice and so rather too much; degrees of freedom by
-    Satterthwaite: with three seeds that differ much, the interval is wide.
+    Every seed is asked the same clips, so values of one seed are related, and so are those of one clip. Half of the
+    interval's width is the root of two squares: of half the t interval of the seeds' means, and of that of the clips'
+    means. With three seeds that differ much, it is wide. The chance inside of each counts in both, so where seeds
+    hardly differ it is rather too wide.
     """
     values = np.asarray(values, "float64")
-    mean, parts = values.mean(), []
+    mean, square = values.mean(), 0.0
     for axis, count in enumerate(values.shape):
-        parts.append((values.mean(axis=1 - axis).var(ddof=1) / count, count - 1))
-    variance = sum(part for part, _ in parts)
-    if variance == 0:
-        return float(mean), float(mean), float(mean)
-    freedom = variance**2 / sum(part**2 / count for part, count in parts)
-    half = stats.t.ppf(0.975, freedom) * variance**0.5
-    return float(mean), float(mean - half), float(mean + half)
+        means = values.mean(axis=1 - axis)
+        square += stats.t.ppf(0.975, count - 1) ** 2 * means.var(ddof=1) / count
+    return float(mean), float(mean - square**0.5), float(mean + square**0.5)
 
 
 def accuracy_interval(right):
@@ -646,9 +642,8 @@ def report(rows, size, quick, seconds, versions, dates):
         "Small C2D and I3D ResNets with frozen weights of images, of which only what is new trains: "
         f"{size.train_clips} clips, {size.epochs} epoch(s). {size.seeds} seeds, each with its own image network, "
         f"training clips and new weights. {size.test_clips} test clips of other people's digits, the same for all.",
-        "In brackets: 95 % intervals over seeds and test clips, as crossed random effects: the variance of the seeds' "
-        "means over the number of seeds, plus that of the clips' means over the number of clips; Student's t with "
-        "Satterthwaite's degrees of freedom; not narrower than Wilson's over the clips.",
+        "In brackets: 95 % intervals over seeds and test clips. Half the width is the root of two squares: of half the t "
+        "interval of the seeds' means, and of that of the clips' means; it is not narrower than Wilson's over the clips.",
         f"Parameters and multiply-adds by `applications.summarize`; the C2D has {base['parameters']:,} and "
         f"{base['macs'] / 1e6:.1f} M. The paper's figures are of other networks on another task: the last column is to "
         "compare orders, not numbers.",
