@@ -642,8 +642,8 @@ def report(rows, size, quick, seconds, versions, dates):
         "Small C2D and I3D ResNets with frozen weights of images, of which only what is new trains: "
         f"{size.train_clips} clips, {size.epochs} epoch(s). {size.seeds} seeds, each with its own image network, "
         f"training clips and new weights. {size.test_clips} test clips of other people's digits, the same for all.",
-        "In brackets: 95 % intervals over seeds and test clips. Half the width is the root of two squares: of half the t "
-        "interval of the seeds' means, and of that of the clips' means; it is not narrower than Wilson's over the clips.",
+        "In brackets: 95 % intervals over seeds and test clips. Half the width is the root of two squares: of half the "
+        "t interval of the seeds' means, and of that of the clips' means; it is not narrower than Wilson's of the clips.",
         f"Parameters and multiply-adds by `applications.summarize`; the C2D has {base['parameters']:,} and "
         f"{base['macs'] / 1e6:.1f} M. The paper's figures are of other networks on another task: the last column is to "
         "compare orders, not numbers.",
