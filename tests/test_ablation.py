@@ -102,8 +102,6 @@ def test_no_temporal_convolution_sees_cue_and_question(inflation):
     ("name", "new"),
     [
         ("C2D, hidden layers", ["hidden1", "hidden2"]),
-        ("res3, last", ["nonlocal_conv3_1"]),
-        ("time", ["nonlocal_conv3_0", "nonlocal_conv3_1"]),
         ("3 blocks", ["nonlocal_conv2_0", "nonlocal_conv3_0", "nonlocal_conv3_1"]),
         ("I3D 3×3×3", ["res2_0_branch2b", "res3_0_branch2b"]),
         ("NL I3D, long", ["nonlocal_conv3_0", "nonlocal_conv3_1", "res2_0_branch2a", "res3_0_branch2a"]),
@@ -116,7 +114,7 @@ def test_only_what_is_new_trains_and_on_the_features_of_what_is_not(name, new, i
     assert trained == {*new, *ablation.QUESTIONS}
     rng = np.random.default_rng(0)
     for weight in model.trainable_weights:  # as trained: blocks no longer return what they get
-        weight.assign(weight + 0.1 * rng.normal(size=weight.shape).astype("float32"))
+        weight.assign(weight + 0.05 * rng.normal(size=weight.shape).astype("float32"))
     layer = ablation.last_frozen(row)
     features = ablation.Features(image_model, ablation.QUICK, 0)
     _, (x, _) = features.get(row.frames, layer)
@@ -128,8 +126,8 @@ def test_only_what_is_new_trains_and_on_the_features_of_what_is_not(name, new, i
         np.testing.assert_allclose(scores, whole[question], atol=1e-5)
     # Backwards: without temporal convolutions the same, so nothing tells which way the digit moved.
     backwards = ablation.predict(model, clips[:, ::-1])
-    differences = [np.abs(backwards[question] - whole[question]).max() for question in ablation.QUESTIONS]
-    assert min(differences) > 1e-4 if row.inflation else max(differences) < 1e-5
+    difference = max(np.abs(backwards[question] - whole[question]).max() for question in ablation.QUESTIONS)
+    assert difference > 1e-2 if row.inflation else difference < 1e-5
 
 
 # --- Intervals --------------------------------------------------------------------------------------------------------
