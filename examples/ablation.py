@@ -660,7 +660,7 @@ def report(rows, size, quick, seconds, versions, dates):
         f"{compared} such intervals about {compared * 0.05:.0f} may err by chance.",
         table_of_differences(rows),
         "## What helps, and what does not",
-        "By the intervals above, each network against the one that is named there. Better than that one, but not than a "
+        "By the intervals above, each network against the one that is named there. Better than that, but not than a "
         "guess, is no answer to the question.",
         verdicts(rows),
         "![accuracy by network](accuracy.png)",
