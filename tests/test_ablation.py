@@ -238,11 +238,11 @@ def test_quick_goes_on_after_a_stop_and_prints_what_it_writes(tmp_path, monkeypa
     monkeypatch.setattr(ablation, "run_row", counted)
     command = ["--quick", "--out", str(tmp_path / "out")]
     out = tmp_path / "out-quick"
-    stop_after = 3
+    stop_after = 2
     with pytest.raises(KeyboardInterrupt):
         ablation.main(command)
     first = json.loads((out / "runs.json").read_text())["runs"]
-    assert len(first) == 3
+    assert len(first) == 2
     stop_after = None
     ablation.main(command)
     names, size = list(ablation.QUICK.rows), ablation.QUICK
@@ -263,7 +263,7 @@ def test_quick_goes_on_after_a_stop_and_prints_what_it_writes(tmp_path, monkeypa
             mean, low, high = row["accuracy"][question]
             assert mean == pytest.approx(right.mean()) and 0 <= low <= mean <= high <= 1
     costs = {name: (row["parameters"], row["macs"]) for name, row in results["rows"].items()}
-    assert costs["C2D"] < costs["I3D 3×1×1"] < costs["NL I3D"]
+    assert costs["C2D"] < costs["I3D 3×1×1"] and costs["C2D"] < costs["time"]
     for name in ("accuracy.png", "cost.png"):
         assert (out / name).stat().st_size > 10000 and f"({name})" in summary
 
