@@ -66,10 +66,10 @@ def precise_batch_norm(model, dataset, num_batches=200):
     """Inside of the block, batch normalization has the statistics of `num_batches` batches for the weights as they are.
 
     The moving averages lag behind the weights. Here the network runs on the batches as in training, without learning
-    from them, and each layer gets the mean and the variance of all that it has normalized: as in the paper's release and
-    in PySlowFast (fvcore), the variance is the mean of the batches' variances plus the variance of their means (over N, as Keras
-    has it, not N - 1). Afterwards the moving averages, and all else that such a run changes, are as they were, bit for
-    bit. Frozen layers keep what they have.
+    from them, and each layer gets the mean and the variance of all that it has normalized. As in the paper's release
+    and in PySlowFast (fvcore), that variance is the mean of the batches' variances plus the variance of their means; it
+    is over N, as Keras has it, not N - 1. Afterwards the moving averages, and all else that such a run changes, are as
+    they were, bit for bit. Frozen layers keep what they have.
 
     Args:
         model: Keras model.
