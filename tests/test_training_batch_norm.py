@@ -15,7 +15,7 @@ def network():
     inner = keras.Sequential([keras.Input((6, 4)), keras.layers.BatchNormalization(name="inner_norm")], name="inner")
     inputs = keras.Input((6, 3))
     x = keras.layers.BatchNormalization(momentum=0.8, name="first")(inputs)
-    x = inner(keras.layers.Dense(4, activation="relu", name="dense")(x))
+    x = inner(keras.layers.Dense(4, activation="relu", name="hidden")(x))
     x = NonLocal1D(name="block")(x)
     x = keras.layers.Dropout(0.3, seed=1)(keras.layers.GlobalAveragePooling1D()(x))
     outputs = keras.layers.Dense(2)(x)
@@ -94,7 +94,7 @@ def test_statistics_of_all_batches(model, rng):
     for x, _ in data:
         mean, variance = x.mean((0, 1), dtype="float64"), x.var((0, 1), dtype="float64")
         normalized = (x - mean) / np.sqrt(variance + 1e-3)
-        inner.append(np.maximum(normalized @ weights["dense/kernel"] + weights["dense/bias"], 0))
+        inner.append(np.maximum(normalized @ weights["hidden/kernel"] + weights["hidden/bias"], 0))
         seen.append(x)
     expected = {"first": np.concatenate(seen), "inner_norm": np.concatenate(inner)}
     before = values(model.variables)

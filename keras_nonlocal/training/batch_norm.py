@@ -73,7 +73,8 @@ def precise_batch_norm(model, dataset, num_batches=200):
 
     Args:
         model: Keras model.
-        dataset: Training batches, `inputs` or `(inputs, labels, …)`: anything that can be iterated over.
+        dataset: Training batches, `inputs` or `(inputs, labels, …)`: anything that can be iterated over, or a function
+            without arguments that returns such a thing.
         num_batches: Integer; fewer if `dataset` ends before.
 
     Returns:
@@ -101,6 +102,8 @@ def precise_batch_norm(model, dataset, num_batches=200):
 
 class PreciseBatchNormalization(keras.callbacks.Callback):
     """Evaluates with the statistics of `precise_batch_norm`, and trains on with the moving averages.
+
+    A dataset that draws new clips in every pass counts the passes: give one that is used for nothing else.
 
     Args:
         dataset: Training batches, as for `precise_batch_norm`.
@@ -177,7 +180,7 @@ class _PreciseStatistics:
         try:
             for norm in norms:
                 norm.momentum = 0.0  # what moves becomes the statistics of the last batch
-            for batch in itertools.islice(dataset, self.num_batches):
+            for batch in itertools.islice(dataset() if callable(dataset) else dataset, self.num_batches):
                 inputs = keras.tree.map_structure(np.asarray, batch[0] if isinstance(batch, (tuple, list)) else batch)
                 self.in_training.predict_on_batch(inputs)
                 size = len(keras.tree.flatten(inputs)[0])
