@@ -176,7 +176,7 @@ def test_written_and_read(name, tmp_path):
         ("learning_rat: 0.1", r"mine.yaml; the nearest: learning_rate. Received: 'learning_rat'"),
         ("lr: 0.1", r"mine.yaml; the nearest: model, non_local, .*test_image_size. Received: 'lr'"),
         ("3: 0.1", r"mine.yaml; the nearest: model, .*. Received: 3"),
-        ("base: kinetics-8x16", r"no such recipe or file; the nearest: kinetics-8x8.*Received: '.*kinetics-8x16'"),
+        ("base: kinetics-8x16", r"no such recipe or file; the nearest: .*kinetics-8x8.*Received: '.*kinetics-8x16'"),
         ("base: mine.yaml", r"`base` must not lead back to the file itself. Received: base='.*mine.yaml'"),
         ("base: [1]", r"`base` must be the name or the path of a recipe. Received: base=\[1\]"),
         ("", r"must be lines `key: value`. Received: '.*mine.yaml'"),

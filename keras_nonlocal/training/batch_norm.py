@@ -205,7 +205,7 @@ class _InTraining(keras.Model):
     """A model whose prediction is its forward pass in training: each backend compiles it as it does predictions."""
 
     def __init__(self, model):
-        super().__init__()
+        super().__init__(name="in_training")
         self.model = model
 
     def call(self, inputs):

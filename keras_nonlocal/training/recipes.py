@@ -277,7 +277,7 @@ def _read_values(name_or_path, chain):
     path = FOLDER / f"{name_or_path}.yaml" if name_or_path in RECIPES else pathlib.Path(name_or_path)
     if not path.is_file():
         raise ValueError(
-            f"There is no such recipe or file; the nearest: {_nearest(name_or_path, RECIPES)}. "
+            f"There is no such recipe or file; the nearest: {_nearest(path.name, RECIPES)}. "
             f"Received: {os.fspath(name_or_path)!r}"
         )
     path = path.resolve()
