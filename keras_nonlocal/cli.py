@@ -166,13 +166,7 @@ def _train_by_recipe(args):
 
     from keras_nonlocal.applications import preprocess_input
     from keras_nonlocal.data import video_dataset_from_directory
-    from keras_nonlocal.training import (
-        PreciseBatchNormalization,
-        build_model,
-        plan_training,
-        precise_batch_norm,
-        train,
-    )
+    from keras_nonlocal.training import PreciseBatchNormalization, build_model, plan_training, train
 
     split = {"validation_split": args.validation_split, "subset": "training"} if args.validation_split else {}
     common = {"batch_size": recipe.micro_batch_size(), **recipe.clip_options, **_annotations(args), **split}
@@ -218,9 +212,10 @@ def _train_by_recipe(args):
         callbacks = _tensorboard(run_dir)
         if recipe.ema_momentum is not None:
             callbacks.append(keras.callbacks.SwapEMAWeights())  # evaluations are of the averages, their statistics too
-        num_batches = recipe.precise_batch_norm_batches
-        if num_batches:
-            callbacks.append(PreciseBatchNormalization(for_statistics, num_batches))
+        norms = None
+        if recipe.precise_batch_norm_batches:
+            norms = PreciseBatchNormalization(for_statistics, recipe.precise_batch_norm_batches)
+            callbacks.append(norms)
         train(
             model,
             training,
@@ -233,8 +228,7 @@ def _train_by_recipe(args):
         out = pathlib.Path(args.out or run_dir / "model.keras")
         sizes = {"shorter_side": recipe.test_shorter_side}
         settings = {name: getattr(recipe, name, None) for name in SETTINGS} | {"class_names": class_names} | sizes
-        precise = precise_batch_norm(model, for_statistics, num_batches) if num_batches else contextlib.nullcontext()
-        with precise:
+        with norms.precise() if norms else contextlib.nullcontext():  # it is tested with them, too
             _save(model, out, settings)
     print(reports[-1].summary())
     print(f"Wrote {out} for {len(class_names)} classes: {', '.join(class_names)}")

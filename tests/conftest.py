@@ -18,8 +18,17 @@ import pytest  # noqa: E402
 # What runs on the other backends. The rest is TensorFlow's (tf.data, SavedModels, unknown sizes), or reads no tensor.
 # Not collected rather than skipped: a test that appears has run.
 PORTABLE = {
-    "jax": ("ops", "fast_forms", "layers", "conformance", "compiled", "ops_jax"),
-    "torch": ("ops", "fast_forms", "layers", "conformance"),
+    "jax": (
+        "ops",
+        "fast_forms",
+        "layers",
+        "conformance",
+        "compiled",
+        "ops_jax",
+        "training_optimizer",
+        "training_batch_norm",
+    ),
+    "torch": ("ops", "fast_forms", "layers", "conformance", "training_optimizer", "training_batch_norm"),
 }
 BACKEND = os.environ["KERAS_BACKEND"]
 if BACKEND == "tensorflow":

@@ -128,9 +128,17 @@ class PreciseBatchNormalization(keras.callbacks.Callback):
         super().set_model(model)
         self._statistics = _PreciseStatistics(model, self.num_batches)
 
+    def precise(self):
+        """`precise_batch_norm` of the callback's model, with what it has compiled: to save the model, for example.
+
+        Returns:
+            A context manager.
+        """
+        return self._statistics.of(self.dataset)
+
     def on_test_begin(self, logs=None):
         self._inside.close()  # of an evaluation that was broken off
-        self._inside.enter_context(self._statistics.of(self.dataset))
+        self._inside.enter_context(self.precise())
 
     def on_test_end(self, logs=None):
         self._inside.close()
