@@ -190,11 +190,12 @@ class _PreciseStatistics:
                 norm.momentum = 0.0  # what moves becomes the statistics of the last batch
             for batch in itertools.islice(dataset() if callable(dataset) else dataset, self.num_batches):
                 inputs = keras.tree.map_structure(np.asarray, batch[0] if isinstance(batch, (tuple, list)) else batch)
-                self.in_training.predict_on_batch(inputs)
+                with _random_numbers_kept():
+                    self.in_training.predict_on_batch(inputs)
                 size = len(keras.tree.flatten(inputs)[0])
                 total += size
                 share = size / total
-                # Of two sets of values (Chan et al., 1979): loses no digits where means are large.
+                # Of two sets of values: Chan et al., 1979.
                 for index, norm in enumerate(norms):
                     difference = _array(norm.moving_mean).astype("float64") - means[index]
                     variance = _array(norm.moving_variance).astype("float64")
@@ -218,6 +219,15 @@ class _InTraining(keras.Model):
 
     def call(self, inputs):
         return self.model(inputs, training=True)
+
+
+def _random_numbers_kept():
+    """PyTorch has a generator for all, which is no variable of the model."""
+    if keras.backend.backend() != "torch":
+        return contextlib.nullcontext()
+    import torch
+
+    return torch.random.fork_rng()
 
 
 def _array(weight):
