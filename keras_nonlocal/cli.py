@@ -6,6 +6,7 @@ Every command parses, calls the package and prints. Bad input is one line on std
 import argparse
 import collections
 import contextlib
+import importlib.util
 import json
 import logging
 import math
@@ -21,7 +22,7 @@ from keras_nonlocal.data.files import whole_file
 from keras_nonlocal.data.sampling import SAMPLERS
 from keras_nonlocal.evaluation import VIEW_REDUCTIONS
 from keras_nonlocal.ops import PAIRWISE
-from keras_nonlocal.training.recipes import RECIPES
+from keras_nonlocal.training.recipes import RECIPES, parse_overrides, read_recipe
 
 # What `train` writes beside the model, so that the other commands prepare clips as it did.
 SETTINGS = ("class_names", "num_frames", "frame_stride", "image_size", "shorter_side")
@@ -196,9 +197,6 @@ def _train_by_recipe(args):
         if args.dry_run:
             print(plan_training(recipe, len(class_names), num_videos))
             return 0
-        run_dir = pathlib.Path(args.run_dir)
-        run = {"class_names": class_names, "num_videos": num_videos, "validation_split": args.validation_split}
-        _begin_run(run_dir, recipe, run | {"seed": args.seed})
         validation = None
         if args.validation_split:
             # One view of each video, as it will be tested.
@@ -209,6 +207,9 @@ def _train_by_recipe(args):
         model = build_model(recipe, len(class_names))
         # Symbolically, before any video is read: a crop may be too small for the network.
         model.compute_output_shape((None, recipe.num_frames, recipe.image_size, recipe.image_size, 3))
+        run_dir = pathlib.Path(args.run_dir)
+        run = {"class_names": class_names, "num_videos": num_videos, "validation_split": args.validation_split}
+        _begin_run(run_dir, recipe, run | {"seed": args.seed})
         callbacks = _tensorboard(run_dir)
         if recipe.ema_momentum is not None:
             callbacks.append(keras.callbacks.SwapEMAWeights())  # evaluations are of the averages, their statistics too
@@ -237,8 +238,6 @@ def _train_by_recipe(args):
 
 def _recipe(args):
     """The recipe with what other options say of it."""
-    from keras_nonlocal.training.recipes import parse_overrides, read_recipe
-
     for option, key in (("--learning-rate", "learning_rate"), ("--epochs", "total_steps")):
         if option in args.given:
             raise _BadInput(f"with --recipe, {option} is --set {key}=…, see `keras_nonlocal.training.Recipe`")
@@ -256,8 +255,6 @@ def _recipe(args):
 
 def _begin_run(run_dir, recipe, run):
     """Writes beside the checkpoints what they are of, or compares it: a run goes on as it began."""
-    from keras_nonlocal.training.recipes import read_recipe
-
     run_dir.mkdir(parents=True, exist_ok=True)
     recipe_path, run_path = run_dir / "recipe.yaml", run_dir / "run.json"
     if run_path.exists():
@@ -272,8 +269,6 @@ def _begin_run(run_dir, recipe, run):
 
 
 def _tensorboard(run_dir):
-    import importlib.util
-
     import keras
 
     if importlib.util.find_spec("tensorboard") is None:

@@ -200,3 +200,4 @@ def test_wrong_options(options, message, videos, recipe, tmp_path, monkeypatch, 
 def test_weights_are_asked_for(videos, tmp_path, capsys):
     options = ["--recipe", "kinetics-32x4", "--run-dir", tmp_path / "r", "--model", "c2d_resnet11", "--non-local", 1]
     assert "starts from a model that 'kinetics-8x8' has trained" in error_of(capsys, ["train", videos, *options])
+    assert list(tmp_path.iterdir()) == []  # nothing that another try would have to agree with
