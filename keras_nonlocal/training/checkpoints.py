@@ -77,7 +77,7 @@ class Checkpoints:
         """
         arrays = {}
         for number, variable in enumerate(variables):
-            array = keras.ops.convert_to_numpy(variable)
+            array = keras.ops.convert_to_numpy(variable.value)
             if array.dtype.kind == "V":  # bfloat16 and its like, which NumPy's files do not know
                 array = array.astype("float32")
             if array.dtype.kind == "f" and not np.isfinite(array).all():
@@ -162,7 +162,7 @@ def _read(file, path, variables):
     pairs = itertools.zip_longest(arrays.items(), variables)
     for (name, array), variable in ((was or (None, None), now) for was, now in pairs):
         if name is None or variable is None or array.shape != tuple(variable.shape):
-            was = "no more" if name is None else f"{name} of shape {array.shape}"
+            was = "no more" if name is None else f"{name.partition('/')[2]} of shape {array.shape}"
             now = "no more" if variable is None else f"{variable.path} of shape {tuple(variable.shape)}"
             raise ValueError(
                 "The checkpoints must be of this model and optimizer, or the directory a new one: there is "

@@ -57,7 +57,7 @@ def train(
         steps: Integer, the number of steps of the whole training, or `None`.
         epochs: Integer, the number of epochs of the whole training, or `None`. The first that is reached ends it.
         steps_per_epoch: Integer, or `None`: an epoch is a pass through the dataset.
-        validation_data: What `model.evaluate` takes, or `None`.
+        validation_data: A dataset of batches, or a tuple of arrays `(x, y)`, or `None`.
         validation_freq: Integer, how many epochs come to one validation.
         callbacks: List of `keras.callbacks.Callback`.
         checkpoint_steps: Integer, how many steps come to one checkpoint.
@@ -154,8 +154,9 @@ class LocalStep:
         return self._model.train_on_batch(x, y, return_dict=True)
 
     def evaluate(self, validation_data, callbacks):
-        """Returns a dict of floats."""
-        return self._model.evaluate(validation_data, callbacks=callbacks, verbose=0, return_dict=True)
+        """Evaluates the model. Returns a dict of floats, the loss and the metrics."""
+        x, y, sample_weight = keras.utils.unpack_x_y_sample_weight(validation_data)
+        return self._model.evaluate(x, y, sample_weight=sample_weight, callbacks=callbacks, verbose=0, return_dict=True)
 
     def finish(self):
         """Ends the training: an optimizer that averages the weights puts the averages in their place."""
