@@ -239,3 +239,19 @@ def resnet11(x, weights, inflated, temporal_strides=(1, 1, 2)):
     x = relu(x + y)
     x = block(x, weights["nonlocal_conv3_1"], "embedded_gaussian", pool_size=(1, 2, 2), scale="sqrt")
     return softmax(dense(x.mean((1, 2, 3)), weights["pred"]))
+
+
+def batch_normalization(x, gamma, beta, epsilon, direction):
+    """γ (x - m) / √(v + ε) + β over the rows of `x`, and the gradients of its product with `direction` to x, γ and β.
+
+    By the chain rule through m and v, with all products of rows and rows.
+    """
+    x, gamma, beta, direction = map(np.float64, (x, gamma, beta, direction))
+    count = len(x)
+    mean, deviation = x.mean(axis=0), np.sqrt(x.var(axis=0) + epsilon)
+    normal = (x - mean) / deviation
+    d_normal = direction * gamma
+    d_x = np.zeros_like(x)
+    for i, j in np.ndindex(count, count):  # what row i of x does to row j of the result
+        d_x[i] += d_normal[j] * ((i == j) - 1 / count - normal[i] * normal[j] / count) / deviation
+    return normal * gamma + beta, (d_x, (direction * normal).sum(axis=0), direction.sum(axis=0))

@@ -9,19 +9,21 @@ ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = "keras_nonlocal"
 
 # What stands left in the chain, then what stands beside it.
+OPEN = ("_version", "files")  # to all: the version, and how a file is written whole
 TOOLS = ("training", "evaluation", "export", "visualization", "tuning")
-CORE = ("ops", "layers", "applications")
+CORE = ("ops", "normalization", "layers", "applications")
 DOORS = {
     "": set(CORE),  # the package's own __init__
     "ops": set(),
-    "layers": {"ops"},
-    "applications": {"ops", "layers", "checkpoints"},
+    "normalization": set(),
+    "layers": {"ops", "normalization"},
+    "applications": {"ops", "normalization", "layers", "checkpoints"},
     **{tool: {*CORE} for tool in TOOLS},
     "export": {*CORE, "data"},  # an exported graph samples, resizes and crops by the same functions as the datasets
     "cli": {*CORE, *TOOLS, "checkpoints", "data"},
     "checkpoints": set(),
     "data": set(),
-    "_version": set(),  # one line, open to all
+    **{room: set() for room in OPEN},
 }
 # Rooms that may import it. The commands load exports and name the errors that come out of tf.data.
 TENSORFLOW = ("data", "export", "cli")
@@ -121,7 +123,7 @@ def refusal(room, imported):
         return f"{room or 'the package'} needs no optional package"
     if top == PACKAGE:
         other = room_of(imported)
-        if other in (room, "_version", "__version__"):
+        if other in (room, *OPEN, "__version__"):
             return None
         if other not in DOORS or not other:
             return "the package itself opens to every room; import from the room"
@@ -255,5 +257,5 @@ def test_importing_the_package_is_light():
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True)
     modules = set(result.stdout.split())
     rooms = {room_of(name) for name in modules if name.startswith(PACKAGE)}
-    assert rooms == {"", "_version", "ops", "layers", "checkpoints", "applications"}
+    assert rooms == {"", "_version", "ops", "normalization", "layers", "checkpoints", "applications"}
     assert not {name.split(".")[0] for name in modules} & (OPTIONAL | {"tensorflow"})

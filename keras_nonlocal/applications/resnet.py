@@ -17,6 +17,7 @@ from keras import ops
 from keras_nonlocal.applications import weights as network_weights
 from keras_nonlocal.applications.folded import Conv3D, MaxPooling3D
 from keras_nonlocal.layers import NonLocal3D
+from keras_nonlocal.normalization import BatchNormalization
 
 PIXEL_MEAN = 114.75
 PIXEL_STD = 57.375
@@ -391,7 +392,7 @@ def _conv(x, channels, kernel_size, strides, name):
 
 
 def _norm(x, name):
-    return keras.layers.BatchNormalization(axis=_channel_axis(), momentum=0.9, epsilon=1e-5, name=name)(x)
+    return BatchNormalization(axis=_channel_axis(), momentum=0.9, epsilon=1e-5, name=name)(x)
 
 
 def _bottleneck(x, width, kernels, strides, project, name):
