@@ -90,6 +90,7 @@ class Checkpoints:
         arrays[_STATE] = np.frombuffer(text.encode(), "uint8")
 
         self.directory.mkdir(parents=True, exist_ok=True)
+        # Not `whole_file`: the name is known when the content is, and the content is to outlast a power failure.
         scratch = self.directory / f".{uuid.uuid4().hex}.partial"
         try:
             with open(scratch, "w+b") as file:

@@ -13,6 +13,8 @@ import threading
 import keras
 import numpy as np
 
+from keras_nonlocal.files import whole_file
+
 from .checkpoints import Checkpoints, TrainingError
 
 
@@ -212,7 +214,7 @@ class _Loop:
         logs = {}
         while not self._is_done() and not self._model.stop_training:
             logs = self._epoch(batches)
-            self._stop_if_asked()
+            _stop_if_asked(self._received)
         self._callbacks.on_train_end(logs)
         self._step.finish()
         return self._history
@@ -290,7 +292,7 @@ class _Loop:
         self._callbacks.on_train_batch_end(state.epoch_step - 1, self._logs())
         if state.step % self._checkpoint_steps == 0 or self._received:
             self._save()
-        self._stop_if_asked()
+        _stop_if_asked(self._received)
 
     def _logs(self):
         """The means of this epoch so far."""
@@ -301,9 +303,6 @@ class _Loop:
     def _save(self):
         if self._step.is_chief:
             self._checkpoints.write(self._step.variables, dataclasses.asdict(self._state))
-
-    def _stop_if_asked(self):
-        _raise(self._received)
 
 
 # Data
@@ -351,12 +350,10 @@ _COLUMNS = ("epoch", "step")
 def _write_log(path, history):
     """All rows anew, so that none comes twice however often the training is killed."""
     columns = dict.fromkeys([*_COLUMNS, *(name for row in history for name in row)])
-    scratch = path.with_name(f".{path.name}.partial")
-    with open(scratch, "w", newline="", encoding="utf-8") as file:
+    with whole_file(path) as scratch, open(scratch, "w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, list(columns), lineterminator="\n")
         writer.writeheader()
         writer.writerows(history)
-    os.replace(scratch, path)
 
 
 # Signals
@@ -384,7 +381,7 @@ def _stop_signals():
         put_back()
 
 
-def _raise(received):
+def _stop_if_asked(received):
     if received:
         raise KeyboardInterrupt if received[0] == signal.SIGINT else SystemExit(128 + signal.SIGTERM)
 
@@ -397,4 +394,4 @@ class _StopEvaluation(keras.callbacks.Callback):
         self._received = received
 
     def on_test_batch_end(self, batch, logs=None):
-        _raise(self._received)
+        _stop_if_asked(self._received)
