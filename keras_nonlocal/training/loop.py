@@ -1,5 +1,6 @@
 """Training that goes on where it was stopped: the same steps on the same clips, however often it is killed."""
 
+import base64
 import contextlib
 import csv
 import dataclasses
@@ -159,6 +160,10 @@ class LocalStep:
         x, y, sample_weight = keras.utils.unpack_x_y_sample_weight(validation_data)
         return self._model.evaluate(x, y, sample_weight=sample_weight, callbacks=callbacks, verbose=0, return_dict=True)
 
+    def watch(self, received):
+        """Takes the list that signals are put into; returns the one that ends the training once it is not empty."""
+        return received
+
     def finish(self):
         """Ends the training: an optimizer that averages the weights puts the averages in their place."""
         self._model.optimizer.finalize_variable_values(self._model.trainable_variables)
@@ -176,6 +181,7 @@ class _State:
     epoch_sums: dict = dataclasses.field(default_factory=dict)  # of the batches' logs times their clips
     place: tuple = (0, 0)  # pass and position of what comes next
     history: list = dataclasses.field(default_factory=list)  # the logs of whole epochs
+    generators: list = dataclasses.field(default_factory=list)  # PyTorch's
 
 
 @dataclasses.dataclass
@@ -193,7 +199,7 @@ class _Loop:
         self._steps, self._epochs = options["steps"] or math.inf, options["epochs"] or math.inf
         self._steps_per_epoch = options["steps_per_epoch"]
         self._validation_freq, self._checkpoint_steps = options["validation_freq"], options["checkpoint_steps"]
-        self._received = options["received"]
+        self._received = step.watch(options["received"])
         self._checkpoints = Checkpoints(directory / "checkpoints", num_checkpoints)
         self._history = keras.callbacks.History()
         self._callbacks = keras.callbacks.CallbackList(
@@ -227,6 +233,7 @@ class _Loop:
             return
         path, state = found
         self._state = _State(**{**state, "place": tuple(state["place"])})
+        _set_generators(self._state.generators)
         if self._step.is_chief:
             _write_log(self._directory / "log.csv", self._state.history)
         if self._verbose:
@@ -302,7 +309,30 @@ class _Loop:
 
     def _save(self):
         if self._step.is_chief:
+            self._state.generators = _generators()
             self._checkpoints.write(self._step.variables, dataclasses.asdict(self._state))
+
+
+# PyTorch's own generators, from which Keras' dropout draws there: with the other backends the state is in variables
+
+
+def _generators():
+    if keras.backend.backend() != "torch":
+        return []
+    import torch
+
+    states = [torch.get_rng_state(), *torch.cuda.get_rng_state_all()]
+    return [base64.b64encode(state.numpy().tobytes()).decode() for state in states]
+
+
+def _set_generators(texts):
+    if keras.backend.backend() != "torch":
+        return
+    import torch
+
+    states = [torch.from_numpy(np.frombuffer(base64.b64decode(text), "uint8").copy()) for text in texts]
+    torch.set_rng_state(states[0])
+    torch.cuda.set_rng_state_all(states[1:])
 
 
 # Data
