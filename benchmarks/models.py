@@ -230,11 +230,11 @@ def markdown(results):
         yield "**Small clips (`--quick`): shows that everything runs. The numbers mean nothing.**"
     yield ""
     yield (
-        f"Each cell: median time of {results['rounds']} rounds in turns / memory, the peak of a run above what the "
-        "process held with its libraries loaded (weights, momentum and compiled graphs count). Float32. A training "
-        "step: forward, cross-entropy, backward to all weights, SGD with Nesterov momentum and weight decay. Ours: "
-        "`train_on_batch`, the compiled step of `fit`, and `predict_on_batch`; PyTorch: eager. ÷ best: ours over the "
-        "fastest, or leanest, peer."
+        f"Each cell: median time of {results['rounds']} turns, in each the second of two runs / memory, the peak of a run "
+        "above what the process held with its libraries loaded (weights, momentum and compiled graphs count). Float32. "
+        "A training step: forward, cross-entropy, backward to all weights, SGD with Nesterov momentum and weight decay. "
+        "Ours: `train_on_batch`, the compiled step of `fit`, and `predict_on_batch`; PyTorch: eager. ÷ best: ours over "
+        "the fastest, or leanest, peer."
     )
     yield from ("", "## In short: time / memory of ours over the best peer's", "", *in_short(results))
     for peer, description in descriptions.items():
@@ -280,7 +280,7 @@ def parse(arguments=None):
     known = ", ".join(networks.NETWORKS)
     parser.add_argument("--networks", type=layers.names, metavar="A,B", help=f"how their names begin: {known}")
     parser.add_argument("--batch", type=int, default=1, help="clips of a step (default: %(default)s)")
-    parser.add_argument("--rounds", type=int, help="default: 7, with --quick 1")
+    parser.add_argument("--rounds", type=int, help="default: 5, with --quick 1")
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     options = layers.parse_options(parser, networks.PEERS, arguments)
     prefixes = options.networks or (("C2D",) if options.quick else ("",))
@@ -288,7 +288,7 @@ def parse(arguments=None):
     if not options.networks:
         parser.error(f"--networks must name some of {known}. Received: {','.join(prefixes)}")
     options.shape = QUICK_SHAPE if options.quick else SHAPE
-    options.rounds = options.rounds or (1 if options.quick else 7)
+    options.rounds = options.rounds or (1 if options.quick else 5)
     return options
 
 
