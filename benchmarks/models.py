@@ -230,11 +230,11 @@ def markdown(results):
         yield "**Small clips (`--quick`): shows that everything runs. The numbers mean nothing.**"
     yield ""
     yield (
-        f"Each cell: median time of {results['rounds']} turns, in each the second of two runs / memory, the peak of a run "
-        "above what the process held with its libraries loaded (weights, momentum and compiled graphs count). Float32. "
-        "A training step: forward, cross-entropy, backward to all weights, SGD with Nesterov momentum and weight decay. "
-        "Ours: `train_on_batch`, the compiled step of `fit`, and `predict_on_batch`; PyTorch: eager. ÷ best: ours over "
-        "the fastest, or leanest, peer."
+        f"Each cell: median time of {results['rounds']} turns, in each the second of two runs / memory, the peak of a "
+        "run above what the process held with its libraries loaded (weights, momentum and compiled graphs count). "
+        "Float32. A training step: forward, cross-entropy, backward to all weights, SGD with Nesterov momentum and "
+        "weight decay. Ours: `train_on_batch`, the compiled step of `fit`, and `predict_on_batch`; PyTorch: eager. "
+        "÷ best: ours over the fastest, or leanest, peer."
     )
     yield from ("", "## In short: time / memory of ours over the best peer's", "", *in_short(results))
     for peer, description in descriptions.items():
