@@ -1,7 +1,7 @@
 """Time and memory of the networks: a training step and an inference of C2D and I3D ResNet-50, against PyTorch's.
 
     pip install ".[bench]"
-    python benchmarks/models.py            # about 20 minutes on 2 cores; writes benchmarks/results/models.{md,json}
+    python benchmarks/models.py            # about 15 minutes on 2 cores; writes benchmarks/results/models.{md,json}
     python benchmarks/models.py --quick    # small clips, minutes, numbers without meaning
 
 Networks without and with the five non-local blocks of the paper, on clips of 8×224×224. Each runs in a process of its
@@ -131,10 +131,10 @@ def cost_of_blocks(by_blocks, peer):
 
 
 def worst(name, limit, found):
-    """The target, judged by the worst of `(value or None, where)`."""
-    found = [(value, where) for value, where in found if value is not None]
-    if not found:
-        return report.Target(name, limit)
+    """The target, judged by the worst of `(value or None, where)`, and by nothing where one was not measured."""
+    missing = [where for value, where in found if value is None]
+    if missing or not found:
+        return report.Target(name, limit, None, f"not measured: {'; '.join(missing)}")
     value, where = max(found, key=lambda item: item[0])
     return report.Target(name, limit, value, f"worst of {len(found)}: {where}")
 
@@ -268,7 +268,8 @@ NOTES = (
 def fingerprint():
     """Of the code that is measured and that measures: cells of other code are not kept."""
     package = ROOT / "keras_nonlocal"
-    files = [package / "ops.py", package / "layers.py", *sorted((package / "applications").glob("*.py"))]
+    files = [package / name for name in ("ops.py", "normalization.py", "layers.py")]
+    files += [*sorted((package / "applications").glob("*.py"))]
     files += [ROOT / "benchmarks" / name for name in ("layers.py", "models.py", "networks.py", "peers.py")]
     files.append(ROOT / "tests" / "release_twin.py")
     return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()[:12]
