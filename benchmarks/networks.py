@@ -250,12 +250,17 @@ class Worker(peers.Worker):
         return {"parameters": costs.parameters, "macs": macs, "scores": scores}
 
     def run(self, mode, probe):
-        """One run. A `probe` also measures memory: the peak of a second run above what the process held with its
-        libraries loaded. That counts the weights, too, as TensorFlow's allocator keeps what it once had: the peak above
-        what was held before the run would be next to nothing."""
+        """The second of two runs, as in a training, where a step follows a step.
+
+        After a turn of another peer, the first finds cold caches, and PyTorch's threads, which stay busy for a while.
+
+        A `probe` also measures memory: the peak of the run above what the process held with its libraries loaded. That
+        counts the weights, too, as TensorFlow's allocator keeps what it once had: the peak above what was held before
+        the run would be next to nothing.
+        """
         reply = super().run(mode, probe=False)
-        if not probe or "failure" in reply:
+        if "failure" in reply:
             return reply
         peers.reset_peak()
         reply = super().run(mode, probe=False)
-        return {**reply, "extra_bytes": max(peers.resident("VmHWM") - self.loaded, 0)}
+        return {**reply, "extra_bytes": max(peers.resident("VmHWM") - self.loaded, 0)} if probe else reply

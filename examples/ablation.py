@@ -639,7 +639,7 @@ def report(rows, size, quick, seconds, versions, dates):
         "# The paper's Table 2 in small",
         "This is the quick run: hardly any training. Its figures mean nothing." if quick else "",
         f"`python examples/ablation.py`, {' to '.join(sorted({min(dates), max(dates)}))}, {packages}; "
-        f"{seconds / 60:.0f} minutes of processor time.",
+        f"{seconds / 60:.0f} minutes of processor time without the image networks.",
         f"Clips of {FRAMES} frames of {SIDE}×{SIDE} pixels, made of real handwritten digits: {CUE} with a white digit "
         f"that moves, {GAP} black, {QUESTION} with two coloured digits. Three questions:",
         "- **recall**: the colour of the digit of the white one's class, across the gap. A guess between the two: "
@@ -650,7 +650,10 @@ def report(rows, size, quick, seconds, versions, dates):
         f"the question span {GAP + 2}.",
         "Small C2D and I3D ResNets with frozen weights of images, of which only what is new trains: "
         f"{size.train_clips} clips, {size.epochs} epoch(s). {size.seeds} seeds, each with its own image network, "
-        f"training clips and new weights. {size.test_clips} test clips of other people's digits, the same for all.",
+        f"training clips and new weights. {size.test_clips} test clips of other people's digits, the same for all. "
+        "Adam, cosine from 0.003; the losses' weights, chosen for recall, are "
+        f"{', '.join(f'{name} {weight:g}' for name, weight in LOSS_WEIGHTS.items())}; the blocks' options "
+        f"{', '.join(f'`{name}={value!r}`' for name, value in BLOCK.items())}, as far as a row does not say otherwise.",
         "In brackets: 95 % intervals over seeds and test clips. Half the width is the root of two squares: of half the "
         "t interval of the seeds' means, and of that of the clips' means; it is never narrower than Wilson's.",
         f"Parameters and multiply-adds by `applications.summarize`; the C2D has {base['parameters']:,} and "
@@ -746,7 +749,7 @@ def main(argv=None):
         sys.exit(f"The folder of the results cannot be made; give another by --out. {error}")
     settings = settings_of(size)
     runs = Runs(out / "runs.json", settings)
-    print(f"{len(ROWS)} networks, {size.seeds} seeds, {len(runs.runs)} runs are there", flush=True)
+    print(f"{len(size.rows)} networks, {size.seeds} seeds, {len(runs.runs)} runs are there", flush=True)
     for seed in range(size.seeds):
         run_seed(seed, size, runs)
 
