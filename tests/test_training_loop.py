@@ -332,6 +332,7 @@ def test_wrong_data(tmp_path):
         (iter(batches(*make_data())), "Received: none in pass 1"),
         ([(np.ones((2, 6)),)], r"must yield \(x, y\) or \(x, y, names, places\). Received: 1"),
         ([np.ones((2, 6))], "Received: ndarray"),
+        ([(*make_data(2), ["a", "b"], [(0, 0), (0, 1)])], "must be a function of the place to start.* Received: list"),
     ):
         with pytest.raises(ValueError, match=message):
             train(model, dataset, tmp_path, steps=9, verbose=0)

@@ -153,6 +153,7 @@ class LocalStep:
         """Makes one step. Returns a dict of floats, the loss and the metrics of this batch."""
         # tf.data gives TensorFlow's tensors on every backend.
         x, y = keras.tree.map_structure(lambda part: part if keras.ops.is_tensor(part) else np.asarray(part), (x, y))
+        self._model.reset_metrics()  # which older Keras leaves to the caller
         return self._model.train_on_batch(x, y, return_dict=True)
 
     def evaluate(self, validation_data, callbacks):
@@ -350,6 +351,11 @@ def _batches(source, start, is_resumed):
                 kind = len(element) if isinstance(element, (tuple, list)) else type(element).__name__
                 raise ValueError(f"`dataset` must yield (x, y) or (x, y, names, places). Received: {kind}")
             x, y, *rest = element
+            if rest and not is_resumed:  # what was seen is counted in batches
+                raise ValueError(
+                    "A `dataset` of (x, y, names, places) must be a function of the place to start from. "
+                    f"Received: {type(source).__name__}"
+                )
             if rest:
                 names, places = (np.asarray(values) for values in rest)
                 number, position = map(int, places[-1])
