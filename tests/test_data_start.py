@@ -10,6 +10,7 @@ from tests.test_data_shards import make_videos
 COUNT, BROKEN = 7, (2, 5)
 OPTIONS = {"num_frames": 4, "frame_stride": 2, "image_size": (24, 28), "shorter_side": (32, 40), "seed": 5}
 OPTIONS |= {"batch_size": None, "with_paths": True, "verbose": False}
+VARIANTS = ({"shard": (2, 1)}, {"reshuffle_each_iteration": False}, {"shuffle": False})
 
 
 @pytest.fixture(scope="module")
@@ -47,7 +48,7 @@ def equal(first, second, with_places=True):
 
 
 @pytest.mark.parametrize("source", ["files", "shards"])
-@pytest.mark.parametrize("options", [{}, {"shard": (2, 1)}, {"reshuffle_each_iteration": False}, {"shuffle": False}])
+@pytest.mark.parametrize("options", [{}, *[pytest.param(options, marks=pytest.mark.slow) for options in VARIANTS]])
 def test_the_rest_is_the_same(sources, source, options):
     usual = passes(video_dataset_from_directory(sources[source], **OPTIONS, **options), 3)
     whole = passes(video_dataset_from_directory(sources[source], start=(0, 0), **OPTIONS, **options), 3)
