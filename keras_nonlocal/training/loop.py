@@ -10,6 +10,7 @@ import os
 import pathlib
 import signal
 import threading
+import warnings
 
 import keras
 import numpy as np
@@ -159,7 +160,13 @@ class LocalStep:
     def evaluate(self, validation_data, callbacks):
         """Evaluates the model. Returns a dict of floats, the loss and the metrics."""
         x, y, sample_weight = keras.utils.unpack_x_y_sample_weight(validation_data)
-        return self._model.evaluate(x, y, sample_weight=sample_weight, callbacks=callbacks, verbose=0, return_dict=True)
+        with warnings.catch_warnings():
+            # The length of a dataset that leaves out broken videos is not known before its end, which Keras calls an
+            # interruption.
+            warnings.filterwarnings("ignore", message=".*[Yy]our input ran out of data.*")
+            return self._model.evaluate(
+                x, y, sample_weight=sample_weight, callbacks=callbacks, verbose=0, return_dict=True
+            )
 
     def watch(self, received):
         """Takes the list that signals are put into; returns the one that ends the training once it is not empty."""
