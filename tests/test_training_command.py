@@ -102,6 +102,7 @@ def test_the_model_has_precise_statistics(run_dir, videos):
             np.testing.assert_allclose(norm.moving_variance, value, rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_a_run_goes_on(run_dir, videos, recipe, tmp_path, capsys):
     """From a checkpoint in the middle to the same model."""
     again = shutil.copytree(run_dir, tmp_path / "run")

@@ -260,6 +260,7 @@ def test_the_network_of_a_recipe(policy):
     assert len([layer for layer in model.layers if layer.name.startswith("nonlocal")]) == 1
 
 
+@pytest.mark.slow
 def test_losses(rng):
     """Cross-entropies by hand, for scores that all are 1 / 3 or 1 / 2."""
     x = np.zeros((2, 4, 32, 32, 3), "float32")
