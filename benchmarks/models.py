@@ -131,9 +131,13 @@ def cost_of_blocks(by_blocks, peer):
 
 
 def worst(name, limit, found):
-    """The target, judged by the worst of `(value or None, where)`, and by nothing where one was not measured."""
+    """The target, judged by the worst of `(value or None, where)`.
+
+    One that was not measured leaves it open, unless ours failed elsewhere.
+    """
     missing = [where for value, where in found if value is None]
-    if missing or not found:
+    found = [(value, where) for value, where in found if value is not None]
+    if not found or (missing and max(found)[0] < math.inf):
         return report.Target(name, limit, None, f"not measured: {'; '.join(missing)}")
     value, where = max(found, key=lambda item: item[0])
     return report.Target(name, limit, value, f"worst of {len(found)}: {where}")

@@ -38,6 +38,16 @@ PEERS = {
 collect_ignore += [file for file, needed in PEERS.items() if not all(map(importlib.util.find_spec, needed))]
 
 
+# Files of few long tests: begun last, they would keep one process busy while the others have nothing left.
+LONG = {
+    f"test_{name}.py" for name in ("quickstart", "ablation", "docs", "sequence", "insert_example", "serve", "tuning")
+}
+
+
+def pytest_collection_modifyitems(items):
+    items.sort(key=lambda item: item.path.name not in LONG)
+
+
 def pytest_configure(config):
     config.addinivalue_line("markers", "slow: takes longer than a few seconds")
 

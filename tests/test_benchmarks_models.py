@@ -156,7 +156,7 @@ def test_log_probabilities_of_logits_and_of_probabilities(rng):
 def test_options(capsys):
     options = models.parse([])
     assert options.peers == ("ours", "pytorchvideo", "twin") and options.networks == ["C2D R50", "I3D R50"]
-    assert (options.rounds, options.batch, options.shape) == (7, 1, (8, 224, 224))
+    assert (options.rounds, options.batch, options.shape) == (5, 1, (8, 224, 224))
     options = models.parse(["--quick", "--networks", "I3D"])
     assert (options.rounds, options.networks) == (1, ["I3D R50"])
     with pytest.raises(SystemExit):

@@ -556,7 +556,7 @@ def test_a_single_class_is_refused(videos, tmp_path, capsys):
     assert line == (f"a classifier needs at least 2 classes. Received: DATA='{tmp_path / 'data'}' with ['red']")
 
 
-@pytest.mark.parametrize("command", ["train", "evaluate"])
+@pytest.mark.parametrize("command", [pytest.param("train", marks=pytest.mark.slow), "evaluate"])
 def test_no_decodable_video_is_one_sentence(command, trained, tmp_path, capsys):
     data = tmp_path / "data"
     for name in COLOURS:

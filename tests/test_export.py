@@ -454,6 +454,7 @@ def compiled_functions(path):
     return sum(function.attr["_XlaMustCompile"].b for function in functions), len(functions)
 
 
+@pytest.mark.slow
 def test_xla_gives_the_same(small, small_export, small_loaded, tmp_path):
     path = export_saved_model(small, tmp_path, NAMES, **CLIPS, jit_compile=True)
     assert read_metadata(path)["jit_compile"] is True
