@@ -120,6 +120,7 @@ def video_dataset_from_directory(
     num_parallel_calls=None,
     on_error="skip",
     with_paths=False,
+    start=None,
     verbose=True,
 ):
     """Generates a `tf.data.Dataset` of clips from videos in a directory.
@@ -209,11 +210,17 @@ def video_dataset_from_directory(
             rows ends with one more line of the logger, the `report`'s summary.
         with_paths: Whether to give with each clip the path of its video, as bytes, so that `evaluate_views` can name
             the videos in what it says and writes.
+        start: Pair `(pass, position)` of integers from 0 on: the first pass through the dataset is the one of that
+            number, and it starts at that position. Nothing that comes before is decoded, and all that follows is as in
+            a dataset that has got there pass by pass, so that a training that was stopped goes on where it was. Each
+            clip then comes with its own place: after a batch, the next start is the last one's position + 1. Broken
+            videos have positions too. Needs a `seed`. With `subset="both"` it is the training dataset's.
         verbose: Whether to print the number of files and classes found.
 
     Returns:
         A `tf.data.Dataset` of `(clips, labels)`, or of `clips` alone without labels; `with_paths`, of
-        `(clips, labels, paths)` or `(clips, paths)`. `clips` is
+        `(clips, labels, paths)` or `(clips, paths)`. With `start` one more comes last, the places, int64 of shape
+        `(B, 2)`, the pass and the position of each clip. `clips` is
         uint8 of shape `(B, T, height, width, 3)`; with `views`, `(B, V, T, height, width, 3)`,
         where V = `num_clips * num_crops`, all crops of the first clip first. `labels` is of shape
         `(B,)`, for `"categorical"` and `"multi_label"` `(B, K)`, for `"binary"` `(B, 1)`. The dataset has
@@ -249,6 +256,7 @@ def video_dataset_from_directory(
         check_positive(batch_size=batch_size)
     _check_split(validation_split, subset, seed)
     _check_shard(shard, service)
+    _check_start(start, seed, service)
     if seed is None:
         seed = int(np.random.randint(1_000_000))
     check_seed(seed)
@@ -279,15 +287,21 @@ def video_dataset_from_directory(
         print(f"Found {len(usable)} files{classes}.")
     encoded = _encode_labels(videos, label_mode)
 
-    def build(chosen, shuffle):
+    def build(chosen, shuffle, start=None):
+        first_pass, first_position = start or (0, 0)
         # Shards are shared once and then shuffled, files shuffled and then shared in each pass.
-        order = chosen if index is not None else _draw_order(chosen, shuffle, seed, 0)
+        drawn = first_pass if reshuffle_each_iteration else 0
+        order = chosen if index is not None else _draw_order(chosen, shuffle, seed, drawn)
         own = np.sort(_share(order, shard))
         if not len(own):
             raise ValueError(f"There must be a video for each shard, of {len(chosen)} videos. Received: shard={shard}")
+        if first_position > len(own):
+            raise ValueError(
+                f"`start` must be a place in a pass of {len(own)} videos, at most its end. Received: start={start!r}"
+            )
         if index is None:
             elements = _file_source(
-                videos.paths, chosen, clip, shuffle, reshuffle_each_iteration, seed, shard, num_parallel_calls
+                videos.paths, chosen, clip, shuffle, reshuffle_each_iteration, seed, shard, num_parallel_calls, start
             )
         else:
             elements = shards.shard_source(
@@ -300,12 +314,13 @@ def video_dataset_from_directory(
                 shard=shard,
                 num_parallel_calls=num_parallel_calls,
                 distributed=service is not None,
+                start=start,
             )
         if service is not None:
             _check_service(service)
             elements = _distributed(elements, service)
         report = DecodeReport(videos.skipped, is_replaced=on_error == "black")
-        dataset = _received(elements, clip, len(own), videos.paths, encoded, with_paths, report, on_error)
+        dataset = _received(elements, clip, len(own), videos.paths, encoded, with_paths, report, on_error, start)
         if batch_size is not None:
             dataset = dataset.batch(batch_size)
         # Not AUTOTUNE, which lets the buffer grow with the memory that is free.
@@ -316,7 +331,7 @@ def video_dataset_from_directory(
         return dataset
 
     if validation_split is None:
-        return build(usable, shuffle)
+        return build(usable, shuffle, start)
     num_validation = int(validation_split * len(usable))
     order = np.random.RandomState(seed).permutation(usable)
     subsets = {
@@ -329,8 +344,8 @@ def video_dataset_from_directory(
                 f"The {name} subset of {len(usable)} videos is empty. Received: validation_split={validation_split}"
             )
     if subset == "both":
-        return build(subsets["training"], shuffle), build(subsets["validation"], False)
-    return build(subsets[subset], shuffle)
+        return build(subsets["training"], shuffle, start), build(subsets["validation"], False)
+    return build(subsets[subset], shuffle, start)
 
 
 def _check_split(validation_split, subset, seed):
@@ -363,6 +378,23 @@ def _check_shard(shard, service):
         raise ValueError(
             "`shard` cannot be passed with `service`, whose workers share the videos as they come. "
             f"Received: shard={shard}, service={service!r}"
+        )
+
+
+def _check_start(start, seed, service):
+    if start is None:
+        return
+    is_pair = isinstance(start, (tuple, list)) and len(start) == 2
+    if not is_pair or not all(isinstance(part, (int, np.integer)) and part >= 0 for part in start):
+        raise ValueError(
+            f"`start` must be None or a pair (pass, position) of integers from 0 on. Received: start={start!r}"
+        )
+    if seed is None:
+        raise ValueError("`start` needs a `seed`, or the order would be another one. Received: seed=None")
+    if service is not None:
+        raise ValueError(
+            "`start` cannot be passed with `service`, whose order is never the same. "
+            f"Received: start={start!r}, service={service!r}"
         )
 
 
@@ -477,7 +509,7 @@ def _distributed(elements, service):
     )
 
 
-# Sources give (clip, number of the video, whether it is good, what is wrong with it)
+# Sources give (clip, number of the video, whether it is good, what is wrong with it), and with a start its place
 
 
 def _draw_order(chosen, shuffle, seed, number):
@@ -485,20 +517,27 @@ def _draw_order(chosen, shuffle, seed, number):
     return np.random.default_rng((seed, 0, number)).permutation(chosen) if shuffle else np.asarray(chosen)
 
 
-def _file_source(paths, chosen, clip, shuffle, reshuffle_each_iteration, seed, shard, num_parallel_calls):
+def _file_source(paths, chosen, clip, shuffle, reshuffle_each_iteration, seed, shard, num_parallel_calls, start):
     """Decodes video files. The order and the clips of pass n depend on `(seed, n)` only, not on TensorFlow's seed."""
-    passes = itertools.count()
+    first_pass, first_position = start or (0, 0)
+    passes = itertools.count(first_pass)
 
     def draw_pass():
         number = next(passes)
         order = _draw_order(chosen, shuffle, seed, number if reshuffle_each_iteration else 0)
         # A seed of its own for each clip: the clips do not depend on which thread comes first.
         seeds = np.random.default_rng((seed, 1, number)).integers(2**63 - 1, size=len(order))
-        return _share(order, shard).astype("int64"), _share(seeds, shard)
+        order, seeds = _share(order, shard).astype("int64"), _share(seeds, shard)
+        places = np.stack([np.full(len(order), number), np.arange(len(order))], axis=1)
+        skipped = first_position if number == first_pass else 0
+        return order[skipped:], seeds[skipped:], places[skipped:]
 
     def pass_dataset(_):
-        order, seeds = tf.numpy_function(draw_pass, [], (tf.int64, tf.int64))
-        return tf.data.Dataset.from_tensor_slices((tf.ensure_shape(order, (None,)), tf.ensure_shape(seeds, (None,))))
+        order, seeds, places = tf.numpy_function(draw_pass, [], (tf.int64, tf.int64, tf.int64))
+        columns = (tf.ensure_shape(order, (None,)), tf.ensure_shape(seeds, (None,)))
+        if start is not None:
+            columns += (tf.ensure_shape(places, (None, 2)),)
+        return tf.data.Dataset.from_tensor_slices(columns)
 
     def decode(number, seed):
         try:
@@ -506,9 +545,10 @@ def _file_source(paths, chosen, clip, shuffle, reshuffle_each_iteration, seed, s
         except VideoError as error:
             return _blank(clip), False, str(error).encode("utf-8", "surrogateescape")
 
-    def decode_element(number, seed):
+    def decode_element(number, seed, *place):
         frames, is_good, message = tf.numpy_function(decode, [number, seed], (tf.uint8, tf.bool, tf.string))
-        return tf.ensure_shape(frames, clip.shape), number, tf.ensure_shape(is_good, ()), tf.ensure_shape(message, ())
+        frames, is_good = tf.ensure_shape(frames, clip.shape), tf.ensure_shape(is_good, ())
+        return frames, number, is_good, tf.ensure_shape(message, ()), *place
 
     return (
         tf.data.Dataset.range(1)
@@ -521,12 +561,15 @@ def _blank(clip):
     return np.zeros([clip.shorter_side[0] if size is None else size for size in clip.shape], "uint8")
 
 
-def _received(elements, clip, num_videos, paths, labels, with_paths, report, on_error):
-    """Reports on the elements of a source; gives (clip, label, path), or less of it, of those that stay."""
+def _received(elements, clip, num_videos, paths, labels, with_paths, report, on_error, start):
+    """Reports on the elements of a source; gives (clip, label, path, place), or less of it, of those that stay."""
+    is_cut = start is not None and start[1] > 0  # the pass that is read: what came before may have been good
 
     def receive(number, is_good, message, any_good):
+        nonlocal is_cut
         if number < 0:
-            if not any_good:
+            was_cut, is_cut = is_cut, False
+            if not any_good and not was_cut:
                 raise VideoError(f"No video could be decoded: {report.summary()}")
             if report.broken or report.skipped_rows:
                 _LOGGER.warning("End of a pass: %s", report.summary())
@@ -541,28 +584,31 @@ def _received(elements, clip, num_videos, paths, labels, with_paths, report, on_
         return any_good
 
     def remember_good(any_good, element):
-        frames, number, is_good, message = element
+        frames, number, is_good, message, *place = element
         any_good = tf.numpy_function(receive, [number, is_good, message, any_good], tf.bool)
         stays = (is_good | (on_error == "black")) & (number >= 0)
-        return tf.ensure_shape(any_good, ()), (frames, number, stays)
+        return tf.ensure_shape(any_good, ()), (frames, number, stays, *place)
 
     # One more element, which never stays, ends each pass.
     end = (_blank(clip), np.int64(-1), False, "")
+    if start is not None:
+        end += (np.zeros(2, "int64"),)
     dataset = elements.concatenate(tf.data.Dataset.from_tensors(end)).scan(tf.constant(False), remember_good)
-    dataset = dataset.filter(lambda frames, number, stays: stays)
+    dataset = dataset.filter(lambda frames, number, stays, *place: stays)
 
     names = [os.fsencode(path) for path in paths]
 
-    def labelled(frames, number, stays):
+    def labelled(frames, number, stays, *place):
         element = (tf.ensure_shape(frames, clip.shape),)
         if labels is not None:
             element += (tf.gather(labels, number),)
         if with_paths:
             element += (tf.gather(tf.constant(names), number),)
+        element += place
         return element if len(element) > 1 else element[0]
 
     # One call at a time: without a number tf.data makes it as many as there are cores, each with a clip.
     dataset = dataset.map(labelled, num_parallel_calls=1)
-    if on_error != "skip":
+    if on_error != "skip" and not is_cut:
         dataset = dataset.apply(tf.data.experimental.assert_cardinality(num_videos))
     return dataset

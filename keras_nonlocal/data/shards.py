@@ -507,6 +507,7 @@ def shard_source(
     num_parallel_calls=None,
     reshuffle_each_iteration=True,
     distributed=False,
+    start=None,
 ):
     """The clips of shards, as a dataset that is TensorFlow's own operations from end to end.
 
@@ -532,24 +533,31 @@ def shard_source(
         distributed: Whether the dataset goes to workers of the `tf.data` service, which cannot tell the passes apart:
             with `reshuffle_each_iteration` the clips then depend on the clock, no longer on `seed` alone, and the
             order is a fixed random one of which stretches (64 videos, less for fewer than 4,096) are shuffled anew.
+        start: `None`, or a pair `(pass, position)`: the first pass is the one of that number, from that position on.
+            Not with `distributed`.
 
     Returns:
         A `tf.data.Dataset` of `(clip, number, is_good, message)`: a uint8 tensor of the shape `clip.shape`, the int64
-        number of the video, a bool, and a string that says what is wrong where `is_good` is false.
+        number of the video, a bool, and a string that says what is wrong where `is_good` is false. With `start`, of
+        `(clip, number, is_good, message, place)`, int64 of the pass and the position in it.
     """
     numbers = np.arange(len(index.paths)) if chosen is None else np.asarray(chosen, "int64")
     if shard is not None:
         numbers = numbers[shard[1] :: shard[0]]
-    order = _order(len(numbers), shuffle, seed, reshuffle_each_iteration, distributed)
+    order = _order(len(numbers), shuffle, seed, reshuffle_each_iteration, distributed, start)
+    load = _ClipLoader(index, numbers, clip, seed)
     return order.map(
-        _ClipLoader(index, numbers, clip, seed),
+        lambda position, epoch, *place: (*load(position, epoch), *place),
         num_parallel_calls=num_parallel_calls or tf.data.AUTOTUNE,
         deterministic=True,
     )
 
 
-def _order(count, shuffle, seed, reshuffle, distributed):
-    """A dataset of `(position, epoch)`: every position from 0 to `count` once, and what tells a pass from others."""
+def _order(count, shuffle, seed, reshuffle, distributed, start=None):
+    """A dataset of `(position, epoch)`: every position from 0 to `count` once, and what tells a pass from others.
+
+    With `start` it begins there, and the place of each, `(pass, position)`, comes third.
+    """
 
     def shuffled(position, epoch, count):
         """A permutation that is a function: no buffer, and the same in every worker."""
@@ -558,17 +566,25 @@ def _order(count, shuffle, seed, reshuffle, distributed):
         return tf.random.experimental.index_shuffle(position, tf.stack([tf.constant(seed, tf.int64), epoch]), count - 1)
 
     first = tf.constant(0, tf.int64)
-    positions = tf.data.Dataset.range(count)
-    if not reshuffle:
-        return positions.map(lambda position: (shuffled(position, first, count), first))
+    if not reshuffle and start is None:
+        return tf.data.Dataset.range(count).map(lambda position: (shuffled(position, first, count), first))
     if not distributed:
+        first_pass, first_position = start or (0, 0)
         # Not `Dataset.random`, which TensorFlow's global seed changes.
-        passes = tf.Variable(0, dtype=tf.int64)
-        epoch = tf.data.Dataset.range(1).map(lambda _: passes.assign_add(1))
-        epochs = epoch.flat_map(lambda epoch: tf.data.Dataset.from_tensors(epoch).repeat())
-        return tf.data.Dataset.zip(positions, epochs).map(
-            lambda position, epoch: (shuffled(position, epoch, count), epoch)
-        )
+        passes = tf.Variable(first_pass, dtype=tf.int64)
+
+        def one_pass(_):
+            number = passes.assign_add(1)  # 1 in the first pass
+            epoch = number if reshuffle else first
+            skipped = tf.where(number == first_pass + 1, tf.constant(first_position, tf.int64), first)
+
+            def element(position):
+                place = () if start is None else (tf.stack([number - 1, position]),)
+                return shuffled(position, epoch, count), epoch, *place
+
+            return tf.data.Dataset.range(skipped, count).map(element)
+
+        return tf.data.Dataset.range(1).flat_map(one_pass)
     # The service deals out the elements of the source, here stretches. It restarts the random generators of its
     # workers in every pass: only the clock tells passes apart.
     length = min(max(count // 64, 1), 64)

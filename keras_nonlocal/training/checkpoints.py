@@ -1,0 +1,183 @@
+"""The state of a training on a disk: files that are whole or are not there, of which the newest sound one is read.
+
+A checkpoint is an `.npz` file of all variables and of a JSON text with the rest. Its name says the step, the epoch and
+the checksum of the whole file: `step-000001000-epoch-0003-0123456789abcdef.npz`.
+"""
+
+import contextlib
+import hashlib
+import itertools
+import json
+import logging
+import os
+import pathlib
+import re
+import uuid
+
+import keras
+import numpy as np
+
+FORMAT = 1
+_NAME = re.compile(r"step-(\d{9,})-epoch-(\d{4,})-([0-9a-f]{16})\.npz")
+_STATE = "state"
+
+_LOGGER = logging.getLogger("keras_nonlocal")
+
+
+class TrainingError(ValueError):
+    """A training cannot go on: its loss or weights are not finite, or none of its checkpoints can be read."""
+
+
+class Checkpoints:
+    """The checkpoints of one training.
+
+    Args:
+        directory: String or path-like, where the files are. It is made when the first is written.
+        num_kept: Integer, how many of the newest ones are kept.
+
+    Example:
+
+    >>> import tempfile, keras, numpy as np
+    >>> variable = keras.Variable(np.zeros(2, "float32"))
+    >>> checkpoints = Checkpoints(tempfile.mkdtemp(), num_kept=2)
+    >>> for step in range(5):
+    ...     variable.assign([step, 0])
+    ...     path = checkpoints.write([variable], {"step": step, "epoch": 0})
+    >>> [path.name[:14] for path in checkpoints.paths()]
+    ['step-000000003', 'step-000000004']
+    >>> variable.assign([7, 7])
+    >>> path, state = checkpoints.restore([variable])
+    >>> state["step"], keras.ops.convert_to_numpy(variable).tolist()
+    (4, [4.0, 0.0])
+    """
+
+    def __init__(self, directory, num_kept=3):
+        self.directory = pathlib.Path(directory)
+        self.num_kept = num_kept
+
+    def paths(self):
+        """The files there are, from the oldest to the newest."""
+        if not self.directory.is_dir():
+            return []
+        found = [(_NAME.fullmatch(path.name), path) for path in self.directory.iterdir()]
+        return [path for _, path in sorted((_rank(match), path) for match, path in found if match)]
+
+    def write(self, variables, state):
+        """Writes a checkpoint and deletes those that are too many.
+
+        Args:
+            variables: List of Keras variables.
+            state: Dict for JSON, with the integers `"step"` and `"epoch"`, by which checkpoints are ordered.
+
+        Returns:
+            The path of the file.
+
+        Raises:
+            TrainingError: If a value of a variable is not finite. Then nothing is written.
+        """
+        arrays = {}
+        for number, variable in enumerate(variables):
+            array = keras.ops.convert_to_numpy(variable.value)
+            if array.dtype.kind == "V":  # bfloat16 and its like, which NumPy's files do not know
+                array = array.astype("float32")
+            if array.dtype.kind == "f" and not np.isfinite(array).all():
+                raise TrainingError(
+                    f"The weights must be finite to be kept at step {state['step']}. "
+                    f"Received: {int((~np.isfinite(array)).sum())} of {array.size} values of {variable.path} are not"
+                )
+            arrays[f"{number:05d}/{variable.path}"] = array
+        text = json.dumps({"format": FORMAT, **state})
+        arrays[_STATE] = np.frombuffer(text.encode(), "uint8")
+
+        self.directory.mkdir(parents=True, exist_ok=True)
+        scratch = self.directory / f".{uuid.uuid4().hex}.partial"
+        try:
+            with open(scratch, "w+b") as file:
+                np.savez(file, **arrays)
+                file.flush()
+                os.fsync(file.fileno())
+                name = f"step-{state['step']:09d}-epoch-{state['epoch']:04d}-{_checksum(file)}.npz"
+            path = self.directory / name
+            os.replace(scratch, path)
+        finally:
+            scratch.unlink(missing_ok=True)
+        _sync_directory(self.directory)
+        self._clean(path)
+        return path
+
+    def _clean(self, newest):
+        """Deletes old checkpoints, and what a killed process or a damaged disk left."""
+        paths = self.paths()
+        # What stands after the newest could not be read, or this one would not have been written.
+        kept = paths[: paths.index(newest) + 1][-self.num_kept :]
+        for path in [*paths, *self.directory.glob(".*.partial")]:
+            if path not in kept:
+                path.unlink(missing_ok=True)
+
+    def restore(self, variables):
+        """Reads the newest checkpoint that is sound into `variables`; damaged ones are logged as warnings.
+
+        Args:
+            variables: List of Keras variables, of the shapes and in the order of those that were written.
+
+        Returns:
+            Pair of its path and its state, or `None` if there is no checkpoint.
+
+        Raises:
+            TrainingError: If there are checkpoints and all are damaged.
+            ValueError: If the newest sound one is of other variables.
+        """
+        paths = self.paths()
+        for path in reversed(paths):
+            with open(path, "rb") as file:
+                checksum = _checksum(file)
+                if checksum == _NAME.fullmatch(path.name)[3]:
+                    return path, _read(file, path, variables)
+            _LOGGER.warning("Passed over a damaged checkpoint: %s has the checksum %s.", path, checksum)
+        if paths:
+            raise TrainingError(
+                "At least one checkpoint must be sound. Delete them to start anew. "
+                f"Received: {len(paths)} damaged ones in {str(self.directory)!r}"
+            )
+        return None
+
+
+def _rank(match):
+    return int(match[1]), int(match[2])
+
+
+def _checksum(file):
+    file.seek(0)
+    return hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=8)).hexdigest()
+
+
+def _read(file, path, variables):
+    file.seek(0)
+    with np.load(file, allow_pickle=False) as content:
+        arrays = dict(content)
+    state = json.loads(arrays.pop(_STATE).tobytes())
+    if state.pop("format") != FORMAT:
+        raise ValueError(f"A checkpoint must be of format {FORMAT}. Received: {str(path)!r}")
+    # All are compared before one is changed. Not by their names: Keras numbers those of a process.
+    pairs = itertools.zip_longest(arrays.items(), variables)
+    for (name, array), variable in ((was or (None, None), now) for was, now in pairs):
+        if name is None or variable is None or array.shape != tuple(variable.shape):
+            was = "no more" if name is None else f"{name.partition('/')[2]} of shape {array.shape}"
+            now = "no more" if variable is None else f"{variable.path} of shape {tuple(variable.shape)}"
+            raise ValueError(
+                "The checkpoints must be of this model and optimizer, or the directory a new one: there is "
+                f"{was} where the model has {now}. Received: {str(path)!r}"
+            )
+    for array, variable in zip(arrays.values(), variables, strict=True):
+        variable.assign(array)
+    return state
+
+
+def _sync_directory(directory):
+    """The new name too must be on the disk."""
+    with contextlib.suppress(OSError):  # Windows cannot open directories
+        handle = os.open(directory, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
