@@ -21,8 +21,9 @@ class BatchNormalization(keras.layers.BatchNormalization):
     Example:
 
     >>> layer = BatchNormalization()
-    >>> layer(np.array([[1.0], [3.0]], "float32"), training=True).shape
-    (2, 1)
+    >>> y = layer(np.array([[1.0], [3.0]], "float32"), training=True)
+    >>> keras.ops.convert_to_numpy(y).round(3).tolist()
+    [[-1.0], [1.0]]
     """
 
     def call(self, inputs, training=None, mask=None):

@@ -77,7 +77,7 @@ class Checkpoints:
         """
         arrays = {}
         for number, variable in enumerate(variables):
-            array = keras.ops.convert_to_numpy(variable.value)
+            array = keras.ops.convert_to_numpy(keras.ops.convert_to_tensor(variable))
             if array.dtype.kind == "V":  # bfloat16 and its like, which NumPy's files do not know
                 array = array.astype("float32")
             if array.dtype.kind == "f" and not np.isfinite(array).all():

@@ -9,7 +9,6 @@ import os
 import pathlib
 import signal
 import threading
-import uuid
 
 import keras
 import numpy as np
@@ -149,8 +148,8 @@ class LocalStep:
 
     def run(self, x, y):
         """Makes one step. Returns a dict of floats, the loss and the metrics of this batch."""
-        if keras.backend.backend() != "tensorflow":  # tf.data's tensors
-            x, y = keras.tree.map_structure(np.asarray, (x, y))
+        # tf.data gives TensorFlow's tensors on every backend.
+        x, y = keras.tree.map_structure(lambda part: part if keras.ops.is_tensor(part) else np.asarray(part), (x, y))
         return self._model.train_on_batch(x, y, return_dict=True)
 
     def evaluate(self, validation_data, callbacks):
@@ -352,15 +351,12 @@ _COLUMNS = ("epoch", "step")
 def _write_log(path, history):
     """All rows anew, so that none comes twice however often the training is killed."""
     columns = dict.fromkeys([*_COLUMNS, *(name for row in history for name in row)])
-    scratch = path.with_name(f".{uuid.uuid4().hex}.partial")
-    try:
-        with open(scratch, "w", newline="", encoding="utf-8") as file:
-            writer = csv.DictWriter(file, list(columns), lineterminator="\n")
-            writer.writeheader()
-            writer.writerows(history)
-        os.replace(scratch, path)
-    finally:
-        scratch.unlink(missing_ok=True)
+    scratch = path.with_name(f".{path.name}.partial")
+    with open(scratch, "w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, list(columns), lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(history)
+    os.replace(scratch, path)
 
 
 # Signals
