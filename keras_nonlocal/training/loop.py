@@ -146,6 +146,10 @@ class LocalStep:
         """That of the coming step."""
         return float(keras.ops.convert_to_numpy(self._model.optimizer.learning_rate))
 
+    def watch(self, received):
+        """Returns the list of signals after which the training stops; `received` has those of this process."""
+        return received
+
     def run(self, x, y):
         """Makes one step. Returns a dict of floats, the loss and the metrics of this batch."""
         # tf.data gives TensorFlow's tensors on every backend.
@@ -191,7 +195,7 @@ class _Loop:
         self._steps, self._epochs = options["steps"] or math.inf, options["epochs"] or math.inf
         self._steps_per_epoch = options["steps_per_epoch"]
         self._validation_freq, self._checkpoint_steps = options["validation_freq"], options["checkpoint_steps"]
-        self._received = options["received"]
+        self._received = self._step.watch(options["received"])
         self._checkpoints = Checkpoints(directory / "checkpoints", num_checkpoints)
         self._history = keras.callbacks.History()
         self._callbacks = keras.callbacks.CallbackList(
