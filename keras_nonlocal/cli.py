@@ -1,4 +1,4 @@
-"""`keras-nonlocal …`: trains, evaluates, predicts, exports, verifies and converts from the command line.
+"""`keras-nonlocal …`: trains, evaluates, predicts, visualizes, tunes, exports, verifies and converts in the shell.
 
 Every command parses, calls the package and prints. Bad input is one line on stderr and exit code 2.
 """
@@ -6,6 +6,7 @@ Every command parses, calls the package and prints. Bad input is one line on std
 import argparse
 import collections
 import contextlib
+import importlib.util
 import json
 import logging
 import math
@@ -21,6 +22,7 @@ from keras_nonlocal.data.sampling import SAMPLERS
 from keras_nonlocal.evaluation import VIEW_REDUCTIONS
 from keras_nonlocal.files import whole_file
 from keras_nonlocal.ops import PAIRWISE
+from keras_nonlocal.training.recipes import RECIPES, parse_overrides, read_recipe
 
 # What `train` writes beside the model, so that the other commands prepare clips as it did.
 SETTINGS = ("class_names", "num_frames", "frame_stride", "image_size", "shorter_side")
@@ -37,6 +39,18 @@ EXPORT_OPTIONS = (
     "jit_compile",
     "warmup",
 )
+# Options of `train` that are keys of recipes, and those that need one.
+RECIPE_KEYS = (
+    "model",
+    "non_local",
+    "weights",
+    "num_frames",
+    "frame_stride",
+    "image_size",
+    "shorter_side",
+    "batch_size",
+)
+RECIPE_ONLY = ("--run-dir", "--set", "--checkpoint-steps", "--dry-run")
 # Of `keras_nonlocal.tuning`, which needs Keras Tuner.
 TUNING_METHODS = ("random", "bayesian", "hyperband")
 SHORTER_SIDE_HELP = "frames are resized to it before the crops (default: the smallest of the training)"
@@ -67,6 +81,13 @@ def main(argv=None):
 
 
 def _train(args):
+    if args.recipe is not None:
+        return _train_by_recipe(args)
+    needs = [option for option in RECIPE_ONLY if option in args.given]
+    if needs:
+        raise _BadInput(f"{needs[0]} needs --recipe")
+    if args.out is None:
+        raise _BadInput("the following arguments are required: --out")
     out = pathlib.Path(args.out)
     _check_out(out, args.overwrite, ".keras")
 
@@ -87,8 +108,7 @@ def _train(args):
         )
         training, validation = datasets if args.validation_split else (datasets, None)
         class_names, report = training.class_names, training.report
-        if len(class_names) < 2:
-            raise _BadInput(f"a classifier needs at least 2 classes. Received: DATA={args.data!r} with {class_names}")
+        _check_classes(args, class_names)
         options = {} if args.non_local is None else {"non_local": args.non_local}
         is_multi_label = training.element_spec[1].shape.rank == 2
         if is_multi_label:
@@ -119,15 +139,144 @@ def _train(args):
         warnings.filterwarnings("ignore", message=".*[Yy]our input ran out of data.*")
         # The dataset shuffles itself; Keras would warn that it cannot.
         model.fit(normalised(training), validation_data=normalised(validation), epochs=args.epochs, shuffle=False)
-        settings = {name: vars(args).get(name) for name in SETTINGS} | {"class_names": class_names}
-        with whole_file(out) as scratch:
-            model.save(scratch)
-            _write_text(_settings_path(out), json.dumps(settings, indent=2) + "\n")
+        _save(model, out, {name: vars(args).get(name) for name in SETTINGS} | {"class_names": class_names})
     print(report.summary())
     if validation is not None:
         print(f"validation: {validation.report.summary()}")
     print(f"Wrote {out} for {len(class_names)} classes: {', '.join(class_names)}")
     return 0
+
+
+def _check_classes(args, class_names):
+    if len(class_names) < 2:
+        raise _BadInput(f"a classifier needs at least 2 classes. Received: DATA={args.data!r} with {class_names}")
+
+
+def _save(model, out, settings):
+    with whole_file(out) as scratch:
+        model.save(scratch)
+        _write_text(_settings_path(out), json.dumps(settings, indent=2) + "\n")
+
+
+def _train_by_recipe(args):
+    recipe = _recipe(args)
+    if args.run_dir is None and not args.dry_run:
+        raise _BadInput("--recipe needs --run-dir, where the checkpoints go, or --dry-run")
+    if args.out is not None:
+        _check_out(pathlib.Path(args.out), args.overwrite, ".keras")
+
+    import keras
+
+    from keras_nonlocal.applications import preprocess_input
+    from keras_nonlocal.data import video_dataset_from_directory
+    from keras_nonlocal.training import PreciseBatchNormalization, build_model, plan_training, train
+
+    split = {"validation_split": args.validation_split, "subset": "training"} if args.validation_split else {}
+    common = {"batch_size": recipe.micro_batch_size(), **recipe.clip_options, **_annotations(args), **split}
+
+    def videos(**options):
+        options = {**common, "label_mode": recipe.label_mode, "seed": args.seed, **options}
+        return video_dataset_from_directory(args.data, **options)
+
+    def normalised(dataset):
+        return dataset.map(lambda clips, *rest: (preprocess_input(clips), *rest))
+
+    reports = []
+
+    def training(start):
+        dataset = videos(with_paths=True, start=start, verbose=False)
+        reports.append(dataset.report)
+        return normalised(dataset)
+
+    def for_statistics():
+        # The same clips for each evaluation, of a pass that no training gets to.
+        return normalised(videos(start=(10**9, 0), verbose=False))
+
+    with _reported_as_bad_input():
+        listed = videos()
+        class_names, num_videos = listed.class_names, len(listed.file_paths)
+        _check_classes(args, class_names)
+        if args.dry_run:
+            print(plan_training(recipe, len(class_names), num_videos))
+            return 0
+        validation = None
+        if args.validation_split:
+            # One view of each video, as it will be tested.
+            size = {"image_size": recipe.test_image_size, "shorter_side": recipe.test_shorter_side}
+            views = {**size, "views": (1, 1), "horizontal_flip": False, "subset": "validation", "verbose": False}
+            validation = normalised(videos(**views)).map(lambda clips, labels: (clips[:, 0], labels))
+        keras.utils.set_random_seed(args.seed)
+        model = build_model(recipe, len(class_names))
+        # Symbolically, before any video is read: a crop may be too small for the network.
+        model.compute_output_shape((None, recipe.num_frames, recipe.image_size, recipe.image_size, 3))
+        run_dir = pathlib.Path(args.run_dir)
+        run = {"class_names": class_names, "num_videos": num_videos, "validation_split": args.validation_split}
+        _begin_run(run_dir, recipe, run | {"seed": args.seed})
+        callbacks = _tensorboard(run_dir)
+        if recipe.ema_momentum is not None:
+            callbacks.append(keras.callbacks.SwapEMAWeights())  # evaluations are of the averages, their statistics too
+        norms = None
+        if recipe.precise_batch_norm_batches:
+            norms = PreciseBatchNormalization(for_statistics, recipe.precise_batch_norm_batches)
+            callbacks.append(norms)
+        train(
+            model,
+            training,
+            run_dir,
+            steps=recipe.num_steps * recipe.gradient_accumulation_steps,
+            validation_data=validation,
+            callbacks=callbacks,
+            checkpoint_steps=args.checkpoint_steps,
+        )
+        out = pathlib.Path(args.out or run_dir / "model.keras")
+        sizes = {"shorter_side": recipe.test_shorter_side}
+        settings = {name: getattr(recipe, name, None) for name in SETTINGS} | {"class_names": class_names} | sizes
+        with norms.precise() if norms else contextlib.nullcontext():  # it is tested with them, too
+            _save(model, out, settings)
+    print(reports[-1].summary())
+    print(f"Wrote {out} for {len(class_names)} classes: {', '.join(class_names)}")
+    return 0
+
+
+def _recipe(args):
+    """The recipe with what other options say of it."""
+    for option, key in (("--learning-rate", "learning_rate"), ("--epochs", "total_steps")):
+        if option in args.given:
+            raise _BadInput(f"with --recipe, {option} is --set {key}=…, see `keras_nonlocal.training.Recipe`")
+    with _reported_as_bad_input():
+        overrides = {key: getattr(args, key) for key in RECIPE_KEYS if f"--{key.replace('_', '-')}" in args.given}
+        if args.new_head:
+            overrides["new_head"] = True
+        if args.no_flip:
+            overrides["horizontal_flip"] = False
+        if args.pairwise:
+            options = read_recipe(args.recipe).non_local_options or {}
+            overrides["non_local_options"] = options | {"pairwise": args.pairwise}
+        return read_recipe(args.recipe, **(overrides | parse_overrides(args.set or ())))
+
+
+def _begin_run(run_dir, recipe, run):
+    """Writes beside the checkpoints what they are of, or compares it: a run goes on as it began."""
+    run_dir.mkdir(parents=True, exist_ok=True)
+    recipe_path, run_path = run_dir / "recipe.yaml", run_dir / "run.json"
+    if run_path.exists():
+        before = vars(read_recipe(recipe_path)) | json.loads(run_path.read_text(encoding="utf-8"))
+        now = vars(recipe) | run
+        changed = [f"{key} (was {before.get(key)!r}, is {now[key]!r})" for key in now if before.get(key) != now[key]]
+        if changed:
+            raise _BadInput(f"--run-dir holds a training with another {', '.join(changed)}. Received: {run_dir}")
+    else:
+        _write_text(recipe_path, recipe.to_yaml())
+        _write_text(run_path, json.dumps(run, indent=2) + "\n")
+
+
+def _tensorboard(run_dir):
+    import keras
+
+    if importlib.util.find_spec("tensorboard") is None:
+        print("No logs for TensorBoard, which is not installed: pip install 'keras-nonlocal[viz]'")
+        return []
+    return [keras.callbacks.TensorBoard(str(run_dir / "tensorboard"), write_graph=False)]
 
 
 def _tune(args):
@@ -146,8 +295,7 @@ def _tune(args):
             subset="both",
         )
         class_names = datasets[0].class_names
-        if len(class_names) < 2:
-            raise _BadInput(f"a classifier needs at least 2 classes. Received: DATA={args.data!r} with {class_names}")
+        _check_classes(args, class_names)
         sizes = (args.image_size, args.image_size, 3)
         hypermodel = NonLocalHyperModel(
             len(class_names),
@@ -680,6 +828,25 @@ class _BadInput(Exception):
     """What the user can mend, in one line."""
 
 
+class _Given(argparse.Action):
+    """Stores a value, and that the option was given."""
+
+    def __call__(self, parser, namespace, values, option_string=None):
+        setattr(namespace, self.dest, values)
+        if self.option_strings:
+            namespace.given = (*namespace.given, self.option_strings[-1])
+
+
+class _GivenFlag(_Given):
+    """Stores true, likewise."""
+
+    def __init__(self, option_strings, dest, **kwargs):
+        super().__init__(option_strings, dest, nargs=0, default=False, **kwargs)
+
+    def __call__(self, parser, namespace, values, option_string=None):
+        super().__call__(parser, namespace, True, option_string)
+
+
 class _Parser(argparse.ArgumentParser):
     def error(self, message):
         raise _BadInput(message)  # instead of the usage and an exit
@@ -753,9 +920,34 @@ def _parser():
     model_help = "a .keras file, or a folder that `keras-nonlocal export` wrote"
 
     train = _command(commands, "train", _train, "trains a network on a folder of videos")
+    # With a recipe only what is given counts, not the defaults.
+    train.set_defaults(given=())
+    train.register("action", None, _Given)
+    train.register("action", "store_true", _GivenFlag)
     train.add_argument("data", metavar="DATA", help=data_help)
     _annotation_options(train)
-    train.add_argument("--out", required=True, metavar="MODEL.keras", help="file to write")
+    train.add_argument(
+        "--recipe",
+        metavar="NAME|FILE",
+        help=f"recipe of the paper ({', '.join(RECIPES)}) or a YAML file; options that are given go before it",
+    )
+    train.add_argument(
+        "--set", nargs="+", metavar="KEY=VALUE", help="keys of the recipe to change, such as batch_size=16"
+    )
+    train.add_argument(
+        "--dry-run", action="store_true", help="print what the recipe takes: parameters, memory, schedule; no training"
+    )
+    train.add_argument(
+        "--run-dir", metavar="DIR", help="folder of a training by a recipe: checkpoints, logs; goes on where it was"
+    )
+    train.add_argument(
+        "--checkpoint-steps",
+        type=_positive,
+        default=1000,
+        metavar="N",
+        help="steps between the checkpoints of --run-dir (default: %(default)s)",
+    )
+    train.add_argument("--out", metavar="MODEL.keras", help="file to write (with --run-dir by default in it)")
     train.add_argument("--overwrite", action="store_true", help="replace --out if it exists")
     train.add_argument("--model", choices=NETWORKS, default="i3d_resnet50", help="network (default: %(default)s)")
     train.add_argument("--non-local", type=int, metavar="N", help="non-local blocks: 0, 1, 5 (default) or 10")

@@ -1,0 +1,203 @@
+"""`keras-nonlocal train --recipe`: the plan, the run, and what it goes on from."""
+
+import csv
+import importlib.util
+import json
+import shutil
+
+import keras
+import numpy as np
+import pytest
+
+from keras_nonlocal.applications import preprocess_input
+from keras_nonlocal.cli import main
+from keras_nonlocal.data import video_dataset_from_directory, write_video
+from keras_nonlocal.training import SGD, precise_batch_norm, read_recipe
+from keras_nonlocal.training.batch_norm import batch_norms
+
+RECIPE = """
+model: c2d_resnet11
+non_local: 0
+weights: null
+num_frames: 4
+frame_stride: 1
+image_size: 32
+shorter_side: [32, 36]
+test_image_size: 32
+test_shorter_side: 32
+batch_size: 4
+reference_batch_size: 4
+total_steps: 6
+milestones: [4]
+precise_batch_norm_batches: 2
+"""
+COLOURS = {"blue": (20, 20, 230), "red": (230, 20, 20)}
+
+
+@pytest.fixture(scope="module")
+def videos(tmp_path_factory):
+    root, rng = tmp_path_factory.mktemp("videos"), np.random.default_rng(0)
+    for name, colour in COLOURS.items():
+        (root / name).mkdir()
+        for number in range(5):
+            frames = np.array(colour) + rng.integers(-20, 20, (6, 32, 40, 3))
+            write_video(root / name / f"{number}.mp4", frames.clip(0, 255).astype("uint8"))
+    return root
+
+
+@pytest.fixture(scope="module")
+def recipe(tmp_path_factory):
+    path = tmp_path_factory.mktemp("recipe") / "small.yaml"
+    path.write_text(RECIPE)
+    return path
+
+
+def arguments_of(videos, recipe, run_dir):
+    options = ["--recipe", recipe, "--run-dir", run_dir, "--validation-split", 0.2, "--checkpoint-steps", 2]
+    return [str(argument) for argument in ("train", videos, *options)]
+
+
+@pytest.fixture(scope="module")
+def run_dir(videos, recipe, tmp_path_factory):
+    path = tmp_path_factory.mktemp("runs") / "new" / "run"
+    assert main([*arguments_of(videos, recipe, path), "--seed", "3"]) == 0
+    return path
+
+
+def test_a_run_leaves_its_model_recipe_and_logs(run_dir, videos, recipe):
+    expected = ["checkpoints", "log.csv", "model.keras", "model.keras.json", "recipe.yaml", "run.json"]
+    expected += ["tensorboard"] if importlib.util.find_spec("tensorboard") else []
+    assert sorted(path.name for path in run_dir.iterdir()) == expected
+    assert read_recipe(run_dir / "recipe.yaml") == read_recipe(recipe)
+    assert json.loads((run_dir / "model.keras.json").read_text()) == {
+        "class_names": ["blue", "red"],
+        "num_frames": 4,
+        "frame_stride": 1,
+        "image_size": 32,
+        "shorter_side": 32,
+    }
+    with open(run_dir / "log.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    # 8 of 10 videos are 2 steps a pass; the rate falls after 4 steps.
+    assert [row["step"] for row in rows] == ["2", "4", "6"]
+    np.testing.assert_allclose([float(row["learning_rate"]) for row in rows], (0.01, 0.01, 0.001), rtol=1e-6)
+    assert all(0 < float(row[name]) < 10 for row in rows for name in ("loss", "val_loss"))
+
+
+def test_the_model_has_precise_statistics(run_dir, videos):
+    """Those of 2 batches for its last weights, of clips that the training did not see; not the moving averages."""
+    model = keras.saving.load_model(run_dir / "model.keras")
+    assert type(model.optimizer) is SGD
+    options = read_recipe(run_dir / "recipe.yaml").clip_options
+    dataset = video_dataset_from_directory(
+        videos, batch_size=4, **options, seed=3, start=(10**9, 0), validation_split=0.2, subset="training"
+    )
+    norms = batch_norms(model)
+    saved = [np.array(norm.moving_variance) for norm in norms]
+    with precise_batch_norm(model, dataset.map(lambda clips, *_: preprocess_input(clips)), 2):
+        for norm, value in zip(norms, saved, strict=True):
+            np.testing.assert_allclose(norm.moving_variance, value, rtol=1e-4, atol=1e-6)
+
+
+def test_a_run_goes_on(run_dir, videos, recipe, tmp_path, capsys):
+    """From a checkpoint in the middle to the same model."""
+    again = shutil.copytree(run_dir, tmp_path / "run")
+    (again / "model.keras").unlink()
+    for path in (again / "checkpoints").glob("step-000000006*"):
+        path.unlink()
+    assert main([*arguments_of(videos, recipe, again), "--seed", "3"]) == 0
+    assert "Goes on after step 4" in capsys.readouterr().out
+    models = [keras.saving.load_model(folder / "model.keras", compile=False) for folder in (run_dir, again)]
+    for a, b in zip(*(model.weights for model in models), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6)
+
+
+def error_of(capsys, arguments):
+    capsys.readouterr()
+    assert main([str(argument) for argument in arguments]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    return line.removeprefix("keras-nonlocal: error: ")
+
+
+def test_a_run_goes_on_as_it_began(run_dir, videos, recipe, capsys):
+    arguments = arguments_of(videos, recipe, run_dir)
+    assert error_of(capsys, arguments) == (
+        f"--run-dir holds a training with another seed (was 3, is 0). Received: {run_dir}"
+    )
+    line = error_of(capsys, [*arguments, "--seed", 3, "--batch-size", 8, "--set", "dropout=0.1"])
+    assert "another dropout (was 0.5, is 0.1), batch_size (was 4, is 8). Received: " in line
+    assert "another class_names (was ['blue', 'red'], is ['blue', 'red', 'x'])" in error_of(
+        capsys, ["train", _three(videos, run_dir), *arguments[2:], "--seed", 3]
+    )
+
+
+def _three(videos, run_dir):
+    root = shutil.copytree(videos, run_dir.parent / "three")
+    shutil.copytree(root / "red", root / "x")
+    return root
+
+
+def test_dry_run_reads_no_video(tmp_path, capsys):
+    for name in ("a", "b", "c"):
+        (tmp_path / "data" / name).mkdir(parents=True)
+        (tmp_path / "data" / name / f"{name}.mp4").write_bytes(b"no video")
+    options = ["--recipe", "kinetics-32x4", "--model", "i3d_resnet11", "--non-local", "2", "--pairwise", "dot_product"]
+    options += ["--batch-size", "8", "--no-flip", "--dry-run"]
+    options += ["--set", "gradient_accumulation_steps=4", "milestones=[0.5]"]
+    assert main(["train", str(tmp_path / "data"), *options]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == "Found 3 files belonging to 3 classes."
+    assert lines[1] == "network             i3d_resnet11, non_local=2, weights=None"
+    assert "batch               8 clips: 1 worker x 4 parts x 2 clips" in lines
+    assert lines[-1].split() == ["400000", "to", "799999", "0.000125", *"1066666.7 to 2133333.3".split()]
+    assert lines[-2].split()[:4] == ["0", "to", "399999", "0.00125"]
+    assert [path.name for path in tmp_path.iterdir()] == ["data"]
+
+
+def test_options_go_before_the_recipe():
+    from keras_nonlocal import cli
+
+    options = ["--recipe", "kinetics-32x4", "--weights", "a.keras", "--pairwise", "gaussian", "--new-head", "--no-flip"]
+    options += ["--shorter-side", "100", "120", "--image-size", "96", "--set", "image_size=64"]
+    args = cli._parser().parse_args(["train", "DATA", *options])
+    expected = read_recipe(
+        "kinetics-32x4",
+        weights="a.keras",
+        new_head=True,
+        horizontal_flip=False,
+        shorter_side=(100, 120),
+        image_size=64,
+        non_local_options={"normalization": None, 3: {"window": (4, None, None)}, "pairwise": "gaussian"},
+    )
+    assert cli._recipe(args) == expected
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--recipe", "kinetics"], "the nearest: kinetics-"),
+        (["--recipe", "@RECIPE"], "--recipe needs --run-dir, where the checkpoints go, or --dry-run"),
+        (["--recipe", "@RECIPE", "--run-dir", "r", "--epochs", "3"], "with --recipe, --epochs is --set total_steps=…"),
+        (["--recipe", "@RECIPE", "--run-dir", "r", "--learning-rate", "3"], "--learning-rate is --set learning_rate=…"),
+        (["--recipe", "@RECIPE", "--run-dir", "r", "--set", "drop=1"], "the nearest: dropout. Received: 'drop'"),
+        (["--recipe", "@RECIPE", "--run-dir", "r", "--set", "dropout=1"], "from 0 to below 1. Received: dropout=1"),
+        (
+            ["--recipe", "@RECIPE", "--run-dir", "r", "--out", "a.h5"],
+            "--out must end with .keras. Received: --out a.h5",
+        ),
+        (["--out", "a.keras", "--run-dir", "r"], "--run-dir needs --recipe"),
+        (["--out", "a.keras", "--dry-run"], "--dry-run needs --recipe"),
+        (["--out", "a.keras", "--set", "dropout=1"], "--set needs --recipe"),
+    ],
+)
+def test_wrong_options(options, message, videos, recipe, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    options = [str(recipe) if option == "@RECIPE" else option for option in options]
+    assert message in error_of(capsys, ["train", videos, *options])
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_weights_are_asked_for(videos, tmp_path, capsys):
+    options = ["--recipe", "kinetics-32x4", "--run-dir", tmp_path / "r", "--model", "c2d_resnet11", "--non-local", 1]
+    assert "starts from a model that 'kinetics-8x8' has trained" in error_of(capsys, ["train", videos, *options])
+    assert list(tmp_path.iterdir()) == []  # nothing that another try would have to agree with
