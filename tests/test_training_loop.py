@@ -76,7 +76,7 @@ class Interrupt(keras.callbacks.Callback):
 
 
 def weights(model):
-    return [keras.ops.convert_to_numpy(keras.ops.convert_to_tensor(part)) for part in LocalStep(model).variables]
+    return [keras.ops.convert_to_numpy(part) for part in LocalStep(model).variables]
 
 
 def read_log(directory):

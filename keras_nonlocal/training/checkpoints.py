@@ -77,7 +77,7 @@ class Checkpoints:
         """
         arrays = {}
         for number, variable in enumerate(variables):
-            array = keras.ops.convert_to_numpy(keras.ops.convert_to_tensor(variable))
+            array = keras.ops.convert_to_numpy(variable)
             if array.dtype.kind == "V":  # bfloat16 and its like, which NumPy's files do not know
                 array = array.astype("float32")
             if array.dtype.kind == "f" and not np.isfinite(array).all():
@@ -90,6 +90,7 @@ class Checkpoints:
         arrays[_STATE] = np.frombuffer(text.encode(), "uint8")
 
         self.directory.mkdir(parents=True, exist_ok=True)
+        # Not `whole_file`: the name is known when the content is, and the content is to outlast a power failure.
         scratch = self.directory / f".{uuid.uuid4().hex}.partial"
         try:
             with open(scratch, "w+b") as file:

@@ -1,5 +1,6 @@
 """Training that goes on where it was stopped: the same steps on the same clips, however often it is killed."""
 
+import base64
 import contextlib
 import csv
 import dataclasses
@@ -12,6 +13,8 @@ import threading
 
 import keras
 import numpy as np
+
+from keras_nonlocal.files import whole_file
 
 from .checkpoints import Checkpoints, TrainingError
 
@@ -146,10 +149,6 @@ class LocalStep:
         """That of the coming step."""
         return float(keras.ops.convert_to_numpy(self._model.optimizer.learning_rate))
 
-    def watch(self, received):
-        """Returns the list of signals after which the training stops; `received` has those of this process."""
-        return received
-
     def run(self, x, y):
         """Makes one step. Returns a dict of floats, the loss and the metrics of this batch."""
         # tf.data gives TensorFlow's tensors on every backend.
@@ -160,6 +159,10 @@ class LocalStep:
         """Evaluates the model. Returns a dict of floats, the loss and the metrics."""
         x, y, sample_weight = keras.utils.unpack_x_y_sample_weight(validation_data)
         return self._model.evaluate(x, y, sample_weight=sample_weight, callbacks=callbacks, verbose=0, return_dict=True)
+
+    def watch(self, received):
+        """Takes the list that signals are put into; returns the one that ends the training once it is not empty."""
+        return received
 
     def finish(self):
         """Ends the training: an optimizer that averages the weights puts the averages in their place."""
@@ -178,6 +181,7 @@ class _State:
     epoch_sums: dict = dataclasses.field(default_factory=dict)  # of the batches' logs times their clips
     place: tuple = (0, 0)  # pass and position of what comes next
     history: list = dataclasses.field(default_factory=list)  # the logs of whole epochs
+    generators: list = dataclasses.field(default_factory=list)  # PyTorch's
 
 
 @dataclasses.dataclass
@@ -195,7 +199,7 @@ class _Loop:
         self._steps, self._epochs = options["steps"] or math.inf, options["epochs"] or math.inf
         self._steps_per_epoch = options["steps_per_epoch"]
         self._validation_freq, self._checkpoint_steps = options["validation_freq"], options["checkpoint_steps"]
-        self._received = self._step.watch(options["received"])
+        self._received = step.watch(options["received"])
         self._checkpoints = Checkpoints(directory / "checkpoints", num_checkpoints)
         self._history = keras.callbacks.History()
         self._callbacks = keras.callbacks.CallbackList(
@@ -216,7 +220,7 @@ class _Loop:
         logs = {}
         while not self._is_done() and not self._model.stop_training:
             logs = self._epoch(batches)
-            self._stop_if_asked()
+            _stop_if_asked(self._received)
         self._callbacks.on_train_end(logs)
         self._step.finish()
         return self._history
@@ -229,6 +233,7 @@ class _Loop:
             return
         path, state = found
         self._state = _State(**{**state, "place": tuple(state["place"])})
+        _set_generators(self._state.generators)
         if self._step.is_chief:
             _write_log(self._directory / "log.csv", self._state.history)
         if self._verbose:
@@ -294,7 +299,7 @@ class _Loop:
         self._callbacks.on_train_batch_end(state.epoch_step - 1, self._logs())
         if state.step % self._checkpoint_steps == 0 or self._received:
             self._save()
-        self._stop_if_asked()
+        _stop_if_asked(self._received)
 
     def _logs(self):
         """The means of this epoch so far."""
@@ -304,10 +309,30 @@ class _Loop:
 
     def _save(self):
         if self._step.is_chief:
+            self._state.generators = _generators()
             self._checkpoints.write(self._step.variables, dataclasses.asdict(self._state))
 
-    def _stop_if_asked(self):
-        _raise(self._received)
+
+# PyTorch's own generators, from which Keras' dropout draws there: with the other backends the state is in variables
+
+
+def _generators():
+    if keras.backend.backend() != "torch":
+        return []
+    import torch
+
+    states = [torch.get_rng_state(), *torch.cuda.get_rng_state_all()]
+    return [base64.b64encode(state.numpy().tobytes()).decode() for state in states]
+
+
+def _set_generators(texts):
+    if keras.backend.backend() != "torch":
+        return
+    import torch
+
+    states = [torch.from_numpy(np.frombuffer(base64.b64decode(text), "uint8").copy()) for text in texts]
+    torch.set_rng_state(states[0])
+    torch.cuda.set_rng_state_all(states[1:])
 
 
 # Data
@@ -355,12 +380,10 @@ _COLUMNS = ("epoch", "step")
 def _write_log(path, history):
     """All rows anew, so that none comes twice however often the training is killed."""
     columns = dict.fromkeys([*_COLUMNS, *(name for row in history for name in row)])
-    scratch = path.with_name(f".{path.name}.partial")
-    with open(scratch, "w", newline="", encoding="utf-8") as file:
+    with whole_file(path) as scratch, open(scratch, "w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, list(columns), lineterminator="\n")
         writer.writeheader()
         writer.writerows(history)
-    os.replace(scratch, path)
 
 
 # Signals
@@ -388,7 +411,7 @@ def _stop_signals():
         put_back()
 
 
-def _raise(received):
+def _stop_if_asked(received):
     if received:
         raise KeyboardInterrupt if received[0] == signal.SIGINT else SystemExit(128 + signal.SIGTERM)
 
@@ -401,4 +424,4 @@ class _StopEvaluation(keras.callbacks.Callback):
         self._received = received
 
     def on_test_batch_end(self, batch, logs=None):
-        _raise(self._received)
+        _stop_if_asked(self._received)
