@@ -431,11 +431,14 @@ class _StrategyStep(_DistributedStep):
         import tensorflow as tf
 
         count = self._workers.num_devices
-        if count == 1:
-            return keras.tree.map_structure(tf.convert_to_tensor, data)
         parts = [
-            keras.tree.map_structure(lambda values, first=first: values[first::count], data) for first in range(count)
+            keras.tree.map_structure(
+                lambda values, first=first: None if values is None else tf.convert_to_tensor(values[first::count]), data
+            )
+            for first in range(count)
         ]
+        if count == 1:
+            return parts[0]
         return self._strategy.experimental_distribute_values_from_function(
             lambda context: parts[context.replica_id_in_sync_group % count]
         )
