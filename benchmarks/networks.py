@@ -214,6 +214,7 @@ class Worker(peers.Worker):
         peers.limit_threads(self.threads, library)
         for name in packages:
             __import__(name)
+        self.loaded = peers.resident("VmRSS")
         return {"versions": {name: importlib.metadata.version(name) for name in packages}}
 
     def build(self, network, blocks, shape, batch, weights):
@@ -230,7 +231,7 @@ class Worker(peers.Worker):
             build = build_twin if self.peer == "twin" else build_pytorchvideo
             module = build(network, blocks, shape, weights)
             scores = [torch_passes(module, tensor(clip[None]), labels[:1])["inference"]()[0] for clip in compared]
-            self.ready(torch_passes(module, tensor(clips), labels))
+            self.passes = torch_passes(module, tensor(clips), labels)
             found = log_probabilities(np.concatenate(scores), are_logits=True).tolist()
             return {"parameters": sum(p.numel() for p in module.parameters()), "scores": found}
 
@@ -245,9 +246,21 @@ class Worker(peers.Worker):
             costs = applications.summarize(model)
             found = np.concatenate([model.predict_on_batch(clip[None]) for clip in compared])
             scores[padding], macs[padding] = log_probabilities(found, are_logits=False).tolist(), costs.macs
-        self.ready(keras_passes(model, clips, labels))
+        self.passes = keras_passes(model, clips, labels)
         return {"parameters": costs.parameters, "macs": macs, "scores": scores}
 
-    def ready(self, passes):
-        # One run before the memory of one is measured: it traces, and makes what lasts, as the momentum.
-        self.passes = self.traces = passes
+    def run(self, mode, probe):
+        """The second of two runs, as in a training, where a step follows a step.
+
+        After a turn of another peer, the first finds cold caches, and PyTorch's threads, which stay busy for a while.
+
+        A `probe` also measures memory: the peak of the run above what the process held with its libraries loaded. That
+        counts the weights, too, as TensorFlow's allocator keeps what it once had: the peak above what was held before
+        the run would be next to nothing.
+        """
+        reply = super().run(mode, probe=False)
+        if "failure" in reply:
+            return reply
+        peers.reset_peak()
+        reply = super().run(mode, probe=False)
+        return {**reply, "extra_bytes": max(peers.resident("VmHWM") - self.loaded, 0)} if probe else reply

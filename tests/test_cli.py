@@ -654,8 +654,11 @@ def test_visualize_draws_a_clip(trained, videos, tmp_path, capsys):
     assert second == "its 3 strongest keys of 8: frame, row, column, weight" and len(rows) == 3
 
 
+COMMANDS = "train evaluate predict visualize tune inspect export verify convert shard".split()
+
+
 def test_help_names_every_command(capsys):
-    for command in ("train", "evaluate", "predict", "visualize", "export", "verify"):
+    for command in COMMANDS:
         with pytest.raises(SystemExit) as stop:
             main([command, "--help"])
         assert stop.value.code == 0

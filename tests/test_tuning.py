@@ -327,7 +327,7 @@ def test_the_best_epoch_is_kept_and_of_equals_the_cheaper_network(tmp_path, caps
 
 @pytest.mark.parametrize("method", METHODS)
 def test_rejected_candidates_use_up_no_trials(method, tmp_path):
-    """Of 54 architectures a few fit."""
+    """Of all architectures a few fit."""
     space = Scripted(lambda trial: [trial / 100] * 9, max_gmacs=0.0055)
     result = tune(space, None, None, tmp_path, max_trials=7, epochs=9, method=method, verbose=0)
     assert len(result.rows) == 7 and all(row.status == "completed" for row in result.rows)
@@ -341,7 +341,7 @@ def test_methods():
 
 
 def test_hyperband_goes_on_from_the_best(tmp_path):
-    """Its schedule for 4 epochs and factor 3: 6 trials, no, see below; those that go on begin where they were."""
+    """Its schedule for 3 epochs and factor 3: those that go on begin where they were."""
     space = Scripted(lambda trial: [trial / 100] * 9, max_gmacs=0.0055)
     result = tune(space, None, None, tmp_path, max_trials=None, epochs=3, method="hyperband", verbose=0)
     begun = [(initial, last) for _, initial, last, _ in space.trained]

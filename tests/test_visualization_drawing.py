@@ -176,8 +176,8 @@ def test_bent_arrows_stay_in_the_pictures(position):
     rng = np.random.default_rng(0)
     keys = {tuple(rng.integers((0, 0, 0), (5, 4, 6))): weight for weight in rng.uniform(0.1, 1, 40)}
     pixels = np.asarray(draw_arrows(CLIP, attention(keys, position), count=40, frame_height=160))
-    below = pixels[TOP + 160 + 2 : TOP + 164]
-    assert (below == 255).all()
+    below, above = pixels[TOP + 160 + 2 : TOP + 164], pixels[TOP - 2 : TOP]
+    assert (below == 255).all() and (above == 255).all()
 
 
 @pytest.mark.parametrize("suffix", [".mp4", ".gif"])

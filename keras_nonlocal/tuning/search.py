@@ -171,8 +171,8 @@ def tune(
 
     After every trial `directory` holds `trials.md` and `trials.csv`, the tables of trials so far, and `best.keras`, the
     best trial's network with the weights of its best epoch. Files appear under these names only when they are whole. A
-    search that was killed begins the running trial anew, with the same hyperparameters and random numbers; with a
-    larger `max_trials` a finished one goes on.
+    search that was killed begins the running trial anew, with the same hyperparameters and initial weights, while clips
+    that are drawn at random are others; with a larger `max_trials` a finished one goes on.
 
     Rejected candidates (see `NonLocalHyperModel`) use up no trial. A trial that runs out of memory or whose loss is no
     number is a failed row of the table, and so is one during which the process was killed three times; any other error

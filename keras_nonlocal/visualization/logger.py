@@ -41,7 +41,8 @@ class AttentionLogger(keras.callbacks.Callback):
 
     Raises:
         ImportError: if `tensorboard` is not installed.
-        ValueError: if an argument is none of the above; when training begins, if the model has no such layer.
+        ValueError: if an argument is none of the above; when training begins, if the model has no such layer, or a
+            clip, a position or an option does not suit it.
 
     Example:
 
@@ -93,6 +94,12 @@ class AttentionLogger(keras.callbacks.Callback):
         _, _, record_writer = _tensorboard()
         self._writer = record_writer.RecordWriter(open(os.path.join(self.log_dir, name), "wb"))
         self._write(file_version="brain.Event:2")
+        # What is wrong with a clip, a position or an option is found now, not after the first epoch.
+        for looker in self._lookers:
+            for name, clip in self.clips.items():
+                attention = looker(clip, self.positions[name])
+                for kind in self.pictures if attention.is_finite() else ():
+                    PICTURES[kind](clip, attention, **self.options)
 
     def on_epoch_end(self, epoch, logs=None):
         if epoch % self.every:
