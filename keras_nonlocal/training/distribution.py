@@ -345,16 +345,12 @@ class _StrategyWorkers(Workers):
                 # A row for each device of all workers, of which all of a worker's are the same.
                 return context.all_reduce(tf.distribute.ReduceOp.SUM, row)
 
-            return self.first(strategy.run(own, args=(row,)))
+            return strategy.experimental_local_results(strategy.run(own, args=(row,)))[0]
 
         self._sum_rows = tf.function(sum_rows, autograph=False)
 
     def step(self, model):
         return _StrategyStep(model, self)
-
-    def first(self, value):
-        """Of a value of each device of this worker the first's."""
-        return self.strategy.experimental_local_results(value)[0]
 
     def gather(self, values):
         if self.num_workers == 1:
@@ -375,49 +371,56 @@ class _StrategyStep(_DistributedStep):
 
         if model.distribute_strategy is not workers.strategy:
             raise ValueError(f"`model` must be built inside of the block of `distribute`. Received: model={model!r}")
+        steps = model.optimizer.gradient_accumulation_steps
+        if steps:  # TensorFlow refuses: the devices cannot meet in a branch of the graph
+            raise ValueError(
+                "`gradient_accumulation_steps` must be `None` where a `tf.distribute.Strategy` makes the steps: more "
+                f"workers do as much. Received: gradient_accumulation_steps={steps}"
+            )
         self._strategy = workers.strategy
         self._norms = batch_norms(model)
+        self._has_metrics = False
         # Not by XLA, which does not compile what the devices say to each other.
         self._train = tf.function(self._train_step, autograph=False, reduce_retracing=True)
         self._test = tf.function(self._test_step, autograph=False, reduce_retracing=True)
 
     def _run(self, x, y):
+        self._make_metrics(x, y, None)
         self._model.reset_metrics()
-        loss = self._train(*self._shared(x, y))
-        return self._figures() | {"loss": float(loss)}
+        self._train(*self._shared(x, y))
+        return self._figures()
 
     def _train_step(self, x, y):
+        """Keras' own step, in which gradients are added up over all devices, each with its share in the mean."""
         with _synchronized(self._norms):
-            loss, gradients = self._strategy.run(self._gradients, args=(x, y))
-        # Once for all devices, not on each: only so gradient accumulation and averages of the weights work.
-        gradients = [self._workers.first(gradient) for gradient in gradients]
-        self._model.optimizer.apply(gradients, self._model.trainable_variables)
-        return self._workers.first(loss)
+            self._on_devices(self._model.train_step, (x, y))
 
-    def _gradients(self, x, y):
-        """On one device of one worker: the loss and the gradients of the whole batch."""
-        import tensorflow as tf
+    def _on_devices(self, step, data):
+        def on_device(*data):
+            step(data)  # what it returns counts the clips of this device only
 
-        context, model = tf.distribute.get_replica_context(), self._model
-        with tf.GradientTape() as tape:
-            y_pred = model(x, training=True)
-            # Its share in the mean: Keras divides it by the number of all devices.
-            loss = model.compute_loss(x=x, y=y, y_pred=y_pred, training=True)
-            scaled = model.optimizer.scale_loss(loss)
-        gradients = tape.gradient(scaled, model.trainable_variables)
-        model.compute_metrics(x, y, y_pred)
-        found = [gradient for gradient in gradients if gradient is not None]
-        total = iter(context.all_reduce(tf.distribute.ReduceOp.SUM, [loss, *found]))
-        return next(total), [None if gradient is None else next(total) for gradient in gradients]
+        self._strategy.run(on_device, args=data)
+
+    def _make_metrics(self, *data):
+        """Their variables, which Keras makes at the first batch, cannot be made on each device by itself."""
+        if self._has_metrics:
+            return
+        x, y, sample_weight = keras.tree.map_structure(lambda values: None if values is None else values[:1], data)
+        with keras.StatelessScope([(weight, weight.value) for weight in self._model.trainable_variables]):
+            y_pred = self._model(x, training=False)
+            self._model.compute_loss(x, y, y_pred, sample_weight, training=False)
+            self._model.compute_metrics(x, y, y_pred, sample_weight)
+        self._has_metrics = True
 
     def _begin_evaluation(self):
         self._model.reset_metrics()
 
     def _evaluate_on(self, x, y, sample_weight):
+        self._make_metrics(x, y, sample_weight)
         self._test(*self._shared(x, y, sample_weight))
 
     def _test_step(self, *data):
-        self._strategy.run(lambda *data: self._model.test_step(data), args=data)
+        self._on_devices(self._model.test_step, data)
 
     def _end_evaluation(self):
         return self._figures()
