@@ -130,8 +130,11 @@ def test_two_workers(tmp_path, alone):
     check_same(tmp_path / "run", alone, num_workers=2)
 
 
+OPTIMIZERS = [("--ema",)] + [("--gradient-accumulation-steps", 2, "--ema")] * (BACKEND == "jax")
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("options", [("--ema",), ("--gradient-accumulation-steps", 2, "--ema")])
+@pytest.mark.parametrize("options", OPTIMIZERS)
 def test_optimizers(tmp_path, options):
     for num_workers in (1, 2):
         run(tmp_path / str(num_workers), STEPS, *options, num_workers=num_workers)
@@ -323,6 +326,15 @@ if BACKEND == "tensorflow":
         model.compile("sgd", "mse")
         with distribute(tf.distribute.MirroredStrategy(["CPU:0"])) as workers:
             with pytest.raises(ValueError, match="built inside of the block of `distribute`. Received: model="):
+                workers.step(model)
+
+    def test_gradient_accumulation():
+        import tensorflow as tf
+
+        with distribute(tf.distribute.MirroredStrategy(["CPU:0"])) as workers:
+            model = keras.Sequential([keras.Input((1,)), keras.layers.Dense(1)])
+            model.compile(keras.optimizers.SGD(gradient_accumulation_steps=2), "mse")
+            with pytest.raises(ValueError, match="must be `None` where .* Received: gradient_accumulation_steps=2"):
                 workers.step(model)
 
 

@@ -343,7 +343,7 @@ class _StrategyWorkers(Workers):
             def own(row):
                 context = tf.distribute.get_replica_context()
                 # A row for each device of all workers, of which all of a worker's are the same.
-                return context.all_reduce(tf.distribute.ReduceOp.SUM, row)
+                return context.all_reduce(tf.distribute.ReduceOp.SUM, tf.identity(row))  # an argument is on no device
 
             return strategy.experimental_local_results(strategy.run(own, args=(row,)))[0]
 
