@@ -291,7 +291,7 @@ def _strategy_workers(strategy):
 
     if strategy is None and os.environ.get("TF_CONFIG"):
         _check_cluster(os.environ["TF_CONFIG"])
-        strategy = _joined(tf.distribute.MultiWorkerMirroredStrategy)
+        strategy = _joined(tf.distribute.MultiWorkerMirroredStrategy, RuntimeError, tf.errors.OpError)
     if strategy is None:
         gpus = tf.config.list_logical_devices("GPU")
         if len(gpus) < 2:
@@ -317,10 +317,10 @@ def _check_cluster(text):
         )
 
 
-def _joined(join, *arguments):
+def _joined(join, *errors):
     try:
-        return join(*arguments)
-    except RuntimeError as error:
+        return join()
+    except errors as error:
         raise TrainingError(
             "`distribute` must come before anything is computed, and all workers must be started. "
             f"Received: {type(error).__name__}: {error}"
@@ -472,7 +472,7 @@ def _parallel_workers(strategy):
 
     if os.environ.get(VARIABLES["jax"]) and not jax.distributed.is_initialized():
         jax.config.update("jax_cpu_collectives_implementation", "gloo")
-        _joined(keras.distribution.initialize)
+        _joined(keras.distribution.initialize, RuntimeError)
     if strategy is None:
         if jax.device_count() == 1:
             yield Workers()
