@@ -16,7 +16,8 @@ from .checkpoints import TrainingError
 from .loop import LocalStep
 
 # What the backends say of a worker that is gone, or of the connection to it.
-_LOST = ("UNAVAILABLE", "ABORTED", "CANCELLED", "DEADLINE_EXCEEDED", "Connection", "Gloo")
+_LOST = ("UnavailableError", "AbortedError", "CancelledError", "DeadlineExceededError")  # TensorFlow
+_LOST += ("UNAVAILABLE", "ABORTED", "CANCELLED", "DEADLINE_EXCEEDED", "Connection", "Gloo")  # JAX
 
 # What says to a process which worker it is.
 VARIABLES = {"tensorflow": "TF_CONFIG", "jax": "KERAS_DISTRIBUTION_JOB_ADDRESSES"}
@@ -265,7 +266,7 @@ def _others_needed():
     try:
         yield
     except Exception as error:
-        if not any(text in str(error) for text in _LOST):
+        if not any(text in f"{type(error).__name__}: {error}" for text in _LOST):
             raise
         raise TrainingError(
             "All workers must be there at every step. Start all of them again, and they go on from the last "
@@ -369,7 +370,8 @@ class _StrategyStep(_DistributedStep):
         super().__init__(model, workers)
         import tensorflow as tf
 
-        if model.distribute_strategy is not workers.strategy:
+        is_own = workers.strategy.extended.variable_created_in_scope
+        if not all(is_own(variable.value) for variable in model.variables):
             raise ValueError(f"`model` must be built inside of the block of `distribute`. Received: model={model!r}")
         steps = model.optimizer.gradient_accumulation_steps
         if steps:  # TensorFlow refuses: the devices cannot meet in a branch of the graph
