@@ -63,7 +63,7 @@ def start(directory, steps, *options, num_workers=2):
     ]
 
 
-def finish(processes, timeout=240):
+def finish(processes, timeout=480):
     """The return codes and what was printed."""
     try:
         outputs = [process.communicate(timeout=timeout)[0] for process in processes]
