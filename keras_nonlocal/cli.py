@@ -169,13 +169,20 @@ def _train_by_recipe(args):
 
     from keras_nonlocal.applications import preprocess_input
     from keras_nonlocal.data import video_dataset_from_directory
-    from keras_nonlocal.training import PreciseBatchNormalization, build_model, plan_training, train
+    from keras_nonlocal.training import (
+        PreciseBatchNormalization,
+        Workers,
+        build_model,
+        distribute,
+        plan_training,
+        train,
+    )
 
     split = {"validation_split": args.validation_split, "subset": "training"} if args.validation_split else {}
-    common = {"batch_size": recipe.micro_batch_size(), **recipe.clip_options, **_annotations(args), **split}
+    common = {**recipe.clip_options, **_annotations(args), **split}
 
     def videos(**options):
-        options = {**common, "label_mode": recipe.label_mode, "seed": args.seed, **options}
+        options = {**common, "batch_size": batch_size, "label_mode": recipe.label_mode, "seed": args.seed, **options}
         return video_dataset_from_directory(args.data, **options)
 
     def normalised(dataset):
@@ -184,16 +191,21 @@ def _train_by_recipe(args):
     reports = []
 
     def training(start):
-        dataset = videos(with_paths=True, start=start, verbose=False)
+        # Workers must stay at the same place, whatever is broken.
+        on_error = "skip" if workers.num_workers == 1 else "black"
+        dataset = videos(with_paths=True, start=start, verbose=False, shard=workers.shard, on_error=on_error)
         reports.append(dataset.report)
         return normalised(dataset)
 
     def for_statistics():
-        # The same clips for each evaluation, of a pass that no training gets to.
+        # The same clips for each evaluation and worker, of a pass that no training gets to.
         return normalised(videos(start=(10**9, 0), verbose=False))
 
-    with _reported_as_bad_input():
-        listed = videos()
+    # Before all that computes: TensorFlow and JAX join workers only then.
+    joined = contextlib.nullcontext(Workers()) if args.dry_run else distribute()
+    with _reported_as_bad_input(), joined as workers:
+        batch_size = recipe.micro_batch_size(workers.num_workers)
+        listed = videos(verbose=workers.is_chief)
         class_names, num_videos = listed.class_names, len(listed.file_paths)
         _check_classes(args, class_names)
         if args.dry_run:
@@ -204,6 +216,7 @@ def _train_by_recipe(args):
             # One view of each video, as it will be tested.
             size = {"image_size": recipe.test_image_size, "shorter_side": recipe.test_shorter_side}
             views = {**size, "views": (1, 1), "horizontal_flip": False, "subset": "validation", "verbose": False}
+            views["shard"] = workers.shard
             validation = normalised(videos(**views)).map(lambda clips, labels: (clips[:, 0], labels))
         keras.utils.set_random_seed(args.seed)
         model = build_model(recipe, len(class_names))
@@ -211,8 +224,9 @@ def _train_by_recipe(args):
         model.compute_output_shape((None, recipe.num_frames, recipe.image_size, recipe.image_size, 3))
         run_dir = pathlib.Path(args.run_dir)
         run = {"class_names": class_names, "num_videos": num_videos, "validation_split": args.validation_split}
-        _begin_run(run_dir, recipe, run | {"seed": args.seed})
-        callbacks = _tensorboard(run_dir)
+        if workers.is_chief:
+            _begin_run(run_dir, recipe, run | {"seed": args.seed})
+        callbacks = _tensorboard(run_dir) if workers.is_chief else []
         if recipe.ema_momentum is not None:
             callbacks.append(keras.callbacks.SwapEMAWeights())  # evaluations are of the averages, their statistics too
         norms = None
@@ -221,18 +235,23 @@ def _train_by_recipe(args):
             callbacks.append(norms)
         train(
             model,
-            training,
+            workers.dataset(training, batch_size),
             run_dir,
             steps=recipe.num_steps * recipe.gradient_accumulation_steps,
             validation_data=validation,
             callbacks=callbacks,
             checkpoint_steps=args.checkpoint_steps,
+            step=workers.step(model),
+            verbose=int(workers.is_chief),
         )
         out = pathlib.Path(args.out or run_dir / "model.keras")
         sizes = {"shorter_side": recipe.test_shorter_side}
         settings = {name: getattr(recipe, name, None) for name in SETTINGS} | {"class_names": class_names} | sizes
         with norms.precise() if norms else contextlib.nullcontext():  # it is tested with them, too
-            _save(model, out, settings)
+            if workers.is_chief:
+                _save(model, out, settings)
+    if not workers.is_chief:
+        return 0
     print(reports[-1].summary())
     print(f"Wrote {out} for {len(class_names)} classes: {', '.join(class_names)}")
     return 0

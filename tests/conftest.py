@@ -19,7 +19,7 @@ import pytest  # noqa: E402
 # Not collected rather than skipped: a test that appears has run.
 _PORTABLE = ("ops", "fast_forms", "normalization", "layers", "conformance", "visualization_drawing")
 _PORTABLE += ("training_optimizer", "training_batch_norm")
-PORTABLE = {"jax": (*_PORTABLE, "compiled", "ops_jax"), "torch": _PORTABLE}
+PORTABLE = {"jax": (*_PORTABLE, "compiled", "ops_jax", "training_distribution"), "torch": _PORTABLE}
 BACKEND = os.environ["KERAS_BACKEND"]
 if BACKEND == "tensorflow":
     collect_ignore = ["test_ops_jax.py"]
