@@ -18,8 +18,8 @@ import pytest  # noqa: E402
 # What runs on the other backends. The rest is TensorFlow's (tf.data, SavedModels, unknown sizes), or reads no tensor.
 # Not collected rather than skipped: a test that appears has run.
 PORTABLE = {
-    "jax": ("ops", "fast_forms", "normalization", "layers", "conformance", "compiled", "ops_jax"),
-    "torch": ("ops", "fast_forms", "normalization", "layers", "conformance"),
+    "jax": ("ops", "fast_forms", "normalization", "layers", "conformance", "compiled", "ops_jax", "rematerialization"),
+    "torch": ("ops", "fast_forms", "normalization", "layers", "conformance", "rematerialization"),
 }
 BACKEND = os.environ["KERAS_BACKEND"]
 if BACKEND == "tensorflow":

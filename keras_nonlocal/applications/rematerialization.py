@@ -66,7 +66,6 @@ class _Part(keras.layers.Layer):
 
         def run(*tensors):
             # Without side effects: else the backward pass would update the moving statistics a second time.
-            (*tensors,) = tensors
             arguments, values = tensors[: len(inputs)], tensors[len(inputs) :]
             before = values[len(weights) :]
             x = keras.tree.pack_sequence_as(self.graph.input, arguments)

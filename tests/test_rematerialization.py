@@ -1,0 +1,173 @@
+"""Networks built with `remat=True` against those without: the same numbers, names and files; twice the forward pass."""
+
+import keras
+import numpy as np
+import pytest
+
+from keras_nonlocal import applications
+from keras_nonlocal.applications import resnet
+from keras_nonlocal.applications.rematerialization import RematerializedModel
+from tests.backends import BACKEND, assert_close, assert_equal
+
+OPTIONS = {"input_shape": (4, 32, 32, 3), "classes": 5}
+CLIPS = np.random.default_rng(1).normal(size=(2, *OPTIONS["input_shape"])).astype("float32")
+LABELS = np.array([1, 3])
+
+
+def build(remat, **options):
+    """A small I3D whose non-local blocks do something."""
+    keras.utils.set_random_seed(0)  # of weights and of dropout
+    model = applications.I3DResNet11(**OPTIONS | {"remat": remat} | options)
+    for layer in model.layers:
+        if layer.name.startswith("nonlocal"):
+            layer.norm.gamma.assign(np.full(layer.norm.gamma.shape, 0.5, "float32"))
+    return model
+
+
+def train(model, steps=2, **options):
+    model.compile(keras.optimizers.SGD(0.1, momentum=0.9), "sparse_categorical_crossentropy", **options)
+    return [float(model.train_on_batch(CLIPS, LABELS)) for _ in range(steps)]
+
+
+def assert_same_state(actual, expected, tolerance=1e-4):
+    assert [weight.path for weight in actual.weights] == [weight.path for weight in expected.weights]
+    for one, other in zip(actual.get_weights(), expected.get_weights(), strict=True):
+        assert_close(one, other, tolerance)
+
+
+def assert_trains_alike(jit_compile):
+    """Losses, all weights and moving statistics after two steps. Dropout is on, in the head."""
+    plain, remat = build(False), build(True)
+    assert type(remat) is RematerializedModel and type(plain) is not RematerializedModel
+    assert_same_state(remat, plain, 0.0)
+    before = plain.get_weights()
+    assert_close(train(remat, jit_compile=jit_compile), train(plain, jit_compile=jit_compile))
+    assert_same_state(remat, plain)
+    changes = [np.abs(new - old).max() for new, old in zip(plain.get_weights(), before, strict=True)]
+    assert min(changes) > 0  # the weights of the blocks too
+
+
+def test_trains_alike():
+    assert_trains_alike(jit_compile=BACKEND == "jax")
+
+
+if BACKEND == "tensorflow":
+
+    @pytest.mark.slow
+    def test_trains_alike_compiled_by_xla():
+        assert_trains_alike(jit_compile=True)
+
+    def test_trains_alike_eagerly():
+        plain, remat = build(False), build(True)
+        assert_close(train(remat, 1, run_eagerly=True), train(plain, 1, run_eagerly=True))
+        assert_same_state(remat, plain)
+
+
+if BACKEND != "jax":  # which traces a function once, and computes it twice all the same
+
+    def test_all_but_the_head_runs_twice(monkeypatch):
+        called = []
+        for cls in (resnet.Conv3D, resnet.BatchNormalization, keras.layers.Dense):
+
+            def call(self, *args, original=cls.call, **kwargs):
+                called.append(self.name)
+                return original(self, *args, **kwargs)
+
+            monkeypatch.setattr(cls, "call", call)
+        for remat, times in ((False, 1), (True, 2)):
+            model = build(remat)
+            called.clear()
+            train(model, 1)
+            convolutions = [name for name in map(str, called) if "branch" in name or name.startswith("conv1")]
+            names = set(convolutions)
+            # The branches of 3 blocks, of which 2 have a projection, and the first convolution.
+            assert len(names) == 3 * 3 * 2 + 2 * 2 + 1
+            counts = {name: called.count(name) for name in (*names, "norm", "pred")}
+            # Both non-local blocks have a "norm".
+            assert counts == {**dict.fromkeys(names, times), "norm": 2 * times, "pred": 1}
+
+
+def test_statistics_are_updated_once():
+    model = build(True)
+    norm = model.get_layer("res_conv1_bn")
+    inside = keras.Model(model.input, model.get_layer("conv1").output)(CLIPS)
+    means = np.float64(keras.ops.convert_to_numpy(inside)).mean(axis=(0, 1, 2, 3))
+    train(model, 1)
+    assert_close(norm.moving_mean, 0.1 * means)
+
+
+def test_frozen_layers_stay():
+    """As in the paper's training on long clips: batch normalization frozen, in the blocks too."""
+    plain, remat = build(False), build(True)
+    for model in (plain, remat):
+        for layer in model.layers:
+            if isinstance(layer, keras.layers.BatchNormalization):
+                layer.trainable = False
+            elif layer.name.startswith("nonlocal"):
+                layer.norm.trainable = False
+        model.get_layer("conv1").trainable = False
+    before = {weight.path: keras.ops.convert_to_numpy(weight).copy() for weight in remat.non_trainable_weights}
+    assert_close(train(remat), train(plain))
+    assert_same_state(remat, plain)
+    for weight in remat.non_trainable_weights:
+        assert_equal(weight, before[weight.path])
+
+
+def test_mixed_precision(policy):
+    """Of the blocks, which compute in float32, no weight is rounded."""
+    policy("mixed_bfloat16")
+    options = {"non_local_options": {"dtype": "float32"}}
+    plain, remat = build(False, **options), build(True, **options)
+    assert {weight.dtype for weight in remat.weights} == {"float32"}
+    assert_close(train(remat, 1), train(plain, 1))
+    for one, other in zip(remat.layers, plain.layers, strict=True):
+        for actual, expected in zip(one.get_weights(), other.get_weights(), strict=True):
+            assert_close(actual, expected, 1e-5 if one.name.startswith("nonlocal") else 2e-2)
+
+
+@pytest.mark.parametrize("top", [{}, {"include_top": False}, {"include_top": False, "pooling": "avg"}])
+def test_without_head_and_outside_of_training(top):
+    plain, remat = build(False, **top), build(True, **top)
+    for training in (False, True):
+        assert_close(remat(CLIPS, training=training), plain(CLIPS, training=training))
+
+
+def test_files(tmp_path):
+    plain, remat = build(False), build(True, dropout=0.0)
+    train(remat, 1)
+    remat.save(tmp_path / "model.keras")
+    loaded = keras.models.load_model(tmp_path / "model.keras")
+    assert type(loaded) is RematerializedModel
+    assert_same_state(loaded, remat, 0.0)
+    from_file = applications.I3DResNet11(**OPTIONS, remat=True, weights=str(tmp_path / "model.keras"))
+    assert_same_state(from_file, remat, 0.0)
+    remat.save_weights(tmp_path / "remat.weights.h5")
+    plain.load_weights(tmp_path / "remat.weights.h5")
+    assert_same_state(plain, remat, 0.0)
+    assert_close(train(loaded, 1), train(remat, 1))
+    assert_same_state(loaded, remat)
+    assert [layer.name for layer in loaded.layers] == [layer.name for layer in plain.layers]
+    assert loaded.get_layer("res3_0_out").output.shape == plain.get_layer("res3_0_out").output.shape
+
+
+def test_other_functions_take_it():
+    plain, remat = build(False, dropout=0.0), build(True, dropout=0.0)
+    train(remat, 1)  # its parts are made
+    plain.set_weights(remat.get_weights())
+    assert str(applications.summarize(remat)) == str(applications.summarize(plain))
+    whole = applications.fully_convolutional(remat)
+    assert_close(whole(CLIPS), applications.fully_convolutional(plain)(CLIPS))
+    assert type(keras.models.clone_model(remat)) is RematerializedModel
+
+    new = applications.insert_non_local(remat, after=["res2_0_out"])
+    assert type(new) is RematerializedModel and new.name == remat.name
+    assert_close(new(CLIPS), remat(CLIPS))
+    twin = applications.insert_non_local(plain, after=["res2_0_out"])
+    twin.set_weights(new.get_weights())
+    assert_close(train(new), train(twin))
+    assert_same_state(new, twin)
+
+
+def test_faulty_argument():
+    with pytest.raises(ValueError, match=r"`remat` must be `True` or `False`. Received: remat='full'"):
+        build("full")
