@@ -2,7 +2,7 @@
 
 A training step holds the outputs of nearly every layer until the backward pass has used them: with long clips, more
 than all else. Here a step keeps what goes from one block to the next, and the backward pass begins each block with its
-forward pass. That is a third more arithmetic; `benchmarks/results/training.md` has time and memory.
+forward pass. That is about a third more arithmetic; `benchmarks/training.py` measures time and memory.
 """
 
 import keras

@@ -456,8 +456,8 @@ _DOCUMENTATION = """{title}
         dropout: Rate of the dropout before the dense layer.
         new_head: Whether to leave the head random, for other classes than those of the file in `weights`.
         remat: Whether training keeps only what goes from one residual or non-local block to the next, and computes the
-            rest once more in the backward pass: a half to two thirds less memory for a quarter more time. Weights and
-            results are the same.
+            rest once more in the backward pass: less memory, about a third more arithmetic. Weights and results are the
+            same.
 
     Returns:
         A functional `keras.Model` from `(batch, frames, height, width, 3)` to `(batch, classes)`.
