@@ -135,9 +135,9 @@ class Process:
         return {"failure": failure}
 
 
-def describe_peers(options):
-    """What every peer says of itself: functions and versions, or that it is not installed."""
-    processes = {peer: Process(peer, options) for peer in options.peers}
+def describe_peers(options, process_class=Process):
+    """What every peer says of itself, as its versions, or that it is not installed."""
+    processes = {peer: process_class(peer, options) for peer in options.peers}
     for process in processes.values():
         process.tell(do="describe")
     replies = {peer: process.hear(options.start_timeout) for peer, process in processes.items()}
@@ -204,7 +204,7 @@ def measure(case, options):
             process.close()
 
 
-def measure_mode(mode, processes, failures, options):
+def measure_mode(mode, processes, failures, options, num_rounds=num_rounds):
     """Fills `failures`: what failed forward is not tried forward and backward."""
     cells, rounds = {}, {}
     for peer, process in processes.items():

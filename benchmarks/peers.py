@@ -369,23 +369,27 @@ def reset_peak():
 # The process
 
 
+def limit_threads(threads, library):
+    if library == "torch":
+        import torch
+
+        torch.set_num_threads(threads)
+    else:
+        import tensorflow as tf
+
+        tf.config.threading.set_intra_op_parallelism_threads(threads)
+        tf.config.threading.set_inter_op_parallelism_threads(threads)
+
+
 class Worker:
     def __init__(self, peer, threads):
         self.peer, self.threads, self.passes = peer, threads, {}
 
     def describe(self):
         functions, packages = PEERS[self.peer]
-        if self.peer in TORCH:
-            import torch
-
-            torch.set_num_threads(self.threads)
-            if self.peer != "sdpa":
-                __import__("mmcv.cnn" if self.peer == "mmcv" else "pytorchvideo.layers.nonlocal_net")
-        else:
-            import tensorflow as tf
-
-            tf.config.threading.set_intra_op_parallelism_threads(self.threads)
-            tf.config.threading.set_inter_op_parallelism_threads(self.threads)
+        limit_threads(self.threads, "torch" if self.peer in TORCH else "tensorflow")
+        if self.peer in ("mmcv", "pytorchvideo"):
+            __import__("mmcv.cnn" if self.peer == "mmcv" else "pytorchvideo.layers.nonlocal_net")
         reply = {"versions": {name: importlib.metadata.version(name) for name in packages}, "functions": functions}
         if self.peer == "ours":
             from keras_nonlocal.ops import PAIRWISE
@@ -427,7 +431,8 @@ class Worker:
         seconds = time.perf_counter() - start
         extra = resident("VmHWM") - before
         finite = all(
-            np.isfinite(np.asarray(result.detach() if self.peer in TORCH else result)).all() for result in results
+            np.isfinite(np.asarray(result.detach() if hasattr(result, "detach") else result)).all()
+            for result in results
         )
         reply = {"seconds": seconds} if finite else {"failure": "result is not finite"}
         return {**reply, "extra_bytes": max(extra, 0)} if probe else reply

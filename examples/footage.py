@@ -21,7 +21,7 @@ import numpy as np  # noqa: E402
 import keras_nonlocal as knl  # noqa: E402
 from keras_nonlocal.applications import C2DResNet11, preprocess_input  # noqa: E402
 from keras_nonlocal.data import VideoReader, load_views  # noqa: E402
-from keras_nonlocal.visualization import attention_in_pixels, attention_map, draw_attention  # noqa: E402
+from keras_nonlocal.visualization import attend, draw_arrows, draw_attention, write_attention_video  # noqa: E402
 
 # Clip: its frames (first, last), and what asks in the first of them, at fractions of the height and width.
 CLIPS = {
@@ -60,17 +60,19 @@ def visualize(out, num_frames, size):
         with VideoReader(locate(name)) as video:
             clip = video.read(np.linspace(first, last, num_frames).round().astype(int), shorter_side=size)
         position = (0, int(row * clip.shape[1]), int(column * clip.shape[2]))
-        weights = attention_map(model, clip, position)
+        attention = attend(model, clip, position)
         path = out / f"{pathlib.Path(name).stem}.png"
-        draw_attention(clip, weights, position, path)
-        heat = attention_in_pixels(weights, clip.shape)
+        draw_attention(clip, attention, path)
+        draw_arrows(clip, attention, path.with_suffix(".arrows.png"))
+        write_attention_video(clip, attention, path.with_suffix(".mp4"))
+        heat = attention.pixels()
         asked = clip[position]
         attended = (clip * heat[..., None]).sum((0, 1, 2)) / heat.sum()
-        others = 1 - weights[: len(weights) // num_frames].sum()
+        others = 1 - attention.weights[0].sum()
         print(
             f"   {name}: {what}, RGB {asked.tolist()}, attends to RGB {attended.round().astype(int).tolist()} "
             f"(the clip's mean: {clip.mean((0, 1, 2)).round().astype(int).tolist()}); "
-            f"{others:.0%} of it in other frames -> {path}"
+            f"{others:.0%} of it in other frames -> {path}, .arrows.png, .mp4"
         )
 
 

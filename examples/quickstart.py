@@ -328,9 +328,9 @@ def draw_two_clips(model, root, names, out):
         (clip,) = load_clip(path)
         rows, columns = np.nonzero(clip[0].min(axis=-1) > 128)  # the white digit
         position = (0, int(np.median(rows)), int(np.median(columns)))
-        weights = visualization.attention_map(model, clip, position)
-        visualization.draw_attention(clip, weights, position, out / f"attention-{number + 1}.png")
-        pixels = visualization.attention_in_pixels(weights, clip.shape)[-1]
+        attention = visualization.attend(model, clip, position)
+        visualization.draw_attention(clip, attention, out / f"attention-{number + 1}.png")
+        pixels = attention.pixels()[-1]
         # Mean weight on the pixels of each colour in the last frame.
         share = {}
         for colour, rgb in COLOURS.items():

@@ -1,8 +1,8 @@
 """Non-local Neural Networks for Keras 3.
 
 The layers are here, so that importing the package registers them with Keras; the other rooms (`applications`, `data`,
-`evaluation`, `export`, `visualization`) are imported when they are first used, so that a user of a layer loads no video
-decoder.
+`evaluation`, `export`, `tuning`, `visualization`) are imported when they are first used, so that a user of a layer
+loads no video decoder.
 """
 
 import importlib
@@ -11,7 +11,7 @@ from keras_nonlocal import layers, ops
 from keras_nonlocal._version import __version__
 from keras_nonlocal.layers import NonLocal1D, NonLocal2D, NonLocal3D
 
-_ROOMS = ("applications", "data", "evaluation", "export", "visualization")
+_ROOMS = ("applications", "data", "evaluation", "export", "tuning", "visualization")
 
 __all__ = ["NonLocal1D", "NonLocal2D", "NonLocal3D", "__version__", "layers", "ops"]
 

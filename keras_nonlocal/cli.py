@@ -1,4 +1,4 @@
-"""`keras-nonlocal …`: trains, evaluates, predicts, exports, verifies and converts from the command line.
+"""`keras-nonlocal …`: trains, evaluates, predicts, visualizes, tunes, exports, verifies and converts in the shell.
 
 Every command parses, calls the package and prints. Bad input is one line on stderr and exit code 2.
 """
@@ -17,9 +17,9 @@ import warnings
 
 from keras_nonlocal.applications.resnet import NETWORKS
 from keras_nonlocal.data.annotations import FORMATS, SPLITS
-from keras_nonlocal.data.files import whole_file
 from keras_nonlocal.data.sampling import SAMPLERS
 from keras_nonlocal.evaluation import VIEW_REDUCTIONS
+from keras_nonlocal.files import whole_file
 from keras_nonlocal.ops import PAIRWISE
 
 # What `train` writes beside the model, so that the other commands prepare clips as it did.
@@ -37,6 +37,8 @@ EXPORT_OPTIONS = (
     "jit_compile",
     "warmup",
 )
+# Of `keras_nonlocal.tuning`, which needs Keras Tuner.
+TUNING_METHODS = ("random", "bayesian", "hyperband")
 SHORTER_SIDE_HELP = "frames are resized to it before the crops (default: the smallest of the training)"
 
 
@@ -125,6 +127,63 @@ def _train(args):
     if validation is not None:
         print(f"validation: {validation.report.summary()}")
     print(f"Wrote {out} for {len(class_names)} classes: {', '.join(class_names)}")
+    return 0
+
+
+def _tune(args):
+    from keras_nonlocal import applications
+    from keras_nonlocal.data import video_dataset_from_directory
+
+    with _reported_as_bad_input():
+        from keras_nonlocal.tuning import NonLocalHyperModel, tune
+
+        datasets = video_dataset_from_directory(
+            args.data,
+            batch_size=args.batch_size,
+            **_clips(args),
+            **_annotations(args),
+            validation_split=args.validation_split,
+            subset="both",
+        )
+        class_names = datasets[0].class_names
+        if len(class_names) < 2:
+            raise _BadInput(f"a classifier needs at least 2 classes. Received: DATA={args.data!r} with {class_names}")
+        sizes = (args.image_size, args.image_size, 3)
+        hypermodel = NonLocalHyperModel(
+            len(class_names),
+            (args.num_frames, None, None, 3),  # other sizes may be tested than trained on
+            (args.num_frames, *sizes),
+            networks=args.networks,
+            non_local=args.non_local,
+            pairwise=args.pairwise,
+            learning_rate=tuple(args.learning_rate),
+            weight_decay=tuple(args.weight_decay),
+            max_parameters=args.max_parameters,
+            max_gmacs=args.max_gmacs,
+            multi_label=datasets[0].element_spec[1].shape.rank == 2,
+        )
+        # As `train` writes it, and what else must be the same for a search to go on.
+        names = (*SETTINGS, "no_flip", "batch_size", "split", "validation_split")
+        settings = {name: vars(args).get(name) for name in names} | {"class_names": class_names}
+        result = tune(
+            hypermodel,
+            *(
+                dataset.map(lambda clips, labels: (applications.preprocess_input(clips), labels))
+                for dataset in datasets
+            ),
+            args.out,
+            max_trials=args.max_trials,
+            epochs=args.epochs,
+            method=args.method,
+            seed=args.seed,
+            metadata=settings,
+            verbose=2,
+        )
+    print(f"\n{result.table()}\n")
+    for name, dataset in zip(("training", "validation"), datasets, strict=True):
+        print(f"{name}: {dataset.report.summary()}")
+    best = result.best
+    print(f"Wrote {result.model_path} of trial {best.trial}, {result.objective} {best.score:.4f}")
     return 0
 
 
@@ -352,6 +411,45 @@ def _verify(args):
     return 1 if any(check.problem for check in checks) else 0
 
 
+def _visualize(args):
+    out = pathlib.Path(args.out)
+    suffix = out.suffix.lower()
+    if suffix not in (".png", ".mp4", ".gif"):
+        raise _BadInput(f"--out must end with .png, .mp4 or .gif. Received: --out {out}")
+    if args.fps and suffix == ".png":
+        raise _BadInput(f"--fps needs --out with .mp4 or .gif. Received: --out {out}")
+    if args.clip > args.clips:
+        raise _BadInput(f"--clip must be at most --clips, {args.clips}. Received: --clip {args.clip}")
+    _check_out(out, args.overwrite, out.suffix)
+    if os.path.isdir(args.model):
+        raise _BadInput(f"visualize needs a .keras file. Received: MODEL={args.model!r}")
+    classifier = _Classifier(args.model)
+    clips = classifier.clip_options(args)
+
+    from keras_nonlocal import visualization
+    from keras_nonlocal.data import load_views
+
+    with _reported_as_bad_input():
+        clip = load_views(args.video, **clips)[args.clip - 1]
+        attention = classifier.attend(clip, args.position, args.layer)
+        if suffix != ".png":
+            count = args.count if args.arrows else None
+            visualization.write_attention_video(clip, attention, out, fps=args.fps or 4, count=count)
+        elif args.arrows:
+            visualization.draw_arrows(clip, attention, out, count=args.count)
+        else:
+            visualization.draw_attention(clip, attention, out)
+        centres, weights = attention.strongest(args.count)
+    position = ",".join(map(str, attention.position))
+    asked = "" if args.position else ", the most attended"
+    print(f"layer {attention.layer_name}; position {position} (frame, row, column){asked}")
+    print(f"its {len(weights)} strongest keys of {attention.weights.size}: frame, row, column, weight")
+    for centre, weight in zip(centres, weights, strict=True):
+        print("".join(f"{coordinate:8.1f}" for coordinate in centre) + f"  {weight:.6g}")
+    print(f"Wrote {out}")
+    return 0
+
+
 def _convert(args):
     from keras_nonlocal.applications import convert_checkpoint
 
@@ -483,6 +581,12 @@ class _Classifier:
             raise _BadInput(
                 f"the model does not run on clips of the shape {clips.shape}: {type(error).__name__}"
             ) from error
+
+    def attend(self, clip, position, layer_name):
+        """What a position of a clip attends to, a `visualization.Attention`; of a `.keras` file."""
+        from keras_nonlocal.visualization import attend
+
+        return attend(self._model, clip, position, layer_name)
 
     def clip_options(self, args):
         """Arguments of `load_views`: from the options, else from the model's shape, else from its settings."""
@@ -632,6 +736,13 @@ def _rate(text):
     return rate
 
 
+def _clip_position(text):
+    parts = text.split(",")
+    if len(parts) != 3 or not all(part.strip().isdecimal() for part in parts):
+        raise argparse.ArgumentTypeError(f"must be a frame, a row and a column, such as 0,112,80. Received: {text!r}")
+    return tuple(map(int, parts))
+
+
 def _parser():
     parser = _Parser(
         prog="keras-nonlocal",
@@ -663,6 +774,50 @@ def _parser():
         "--validation-split", type=float, default=0.0, metavar="F", help="fraction kept for validation (default: none)"
     )
     train.add_argument("--seed", type=int, default=0, metavar="N", help="(default: %(default)s)")
+
+    tune = _command(commands, "tune", _tune, "searches for the best network within a budget")
+    tune.add_argument("data", metavar="DATA", help=data_help)
+    _annotation_options(tune)
+    tune.add_argument(
+        "--out", required=True, metavar="DIR", help="folder for the trials and the best model; goes on where it was"
+    )
+    tune.add_argument("--networks", nargs="+", choices=NETWORKS, help="networks to try (default: all)")
+    tune.add_argument(
+        "--non-local", nargs="+", type=int, metavar="N", help="numbers of non-local blocks to try (default: all)"
+    )
+    tune.add_argument("--pairwise", nargs="+", choices=PAIRWISE, help="pairwise functions to try (default: all)")
+    tune.add_argument("--max-parameters", type=_rate, metavar="N", help="most parameters of a network, such as 2e6")
+    tune.add_argument("--max-gmacs", type=_rate, metavar="X", help="most multiply-adds for a clip, in 10^9")
+    tune.add_argument(
+        "--method", choices=TUNING_METHODS, default="random", help="how trials are chosen (default: %(default)s)"
+    )
+    tune.add_argument(
+        "--max-trials", type=_positive, default=10, metavar="N", help="networks to train (default: %(default)s)"
+    )
+    tune.add_argument(
+        "--epochs",
+        type=_positive,
+        default=10,
+        metavar="N",
+        help="passes of each over the videos (default: %(default)s)",
+    )
+    for option, default in (("--learning-rate", [1e-3, 1e-1]), ("--weight-decay", [1e-6, 1e-3])):
+        tune.add_argument(
+            option,
+            type=_rate,
+            nargs=2,
+            metavar=("LOW", "HIGH"),
+            default=default,
+            help=f"of SGD, tried within this range (default: {default[0]:g} {default[1]:g})",
+        )
+    _training_clips(tune)
+    tune.add_argument(
+        "--batch-size", type=_positive, default=8, metavar="N", help="clips in a batch (default: %(default)s)"
+    )
+    tune.add_argument(
+        "--validation-split", type=float, default=0.2, metavar="F", help="fraction to judge by (default: %(default)s)"
+    )
+    tune.add_argument("--seed", type=int, default=0, metavar="N", help="(default: %(default)s)")
 
     evaluate = _command(commands, "evaluate", _evaluate, "measures a model over several views of each video")
     evaluate.add_argument("model", metavar="MODEL", help=model_help)
@@ -754,6 +909,39 @@ def _parser():
         dest="warmup",
         help="saved_model: write no requests to warm up TensorFlow Serving",
     )
+
+    visualize = _command(commands, "visualize", _visualize, "draws what a position of a video attends to")
+    visualize.add_argument("model", metavar="MODEL", help="a .keras file")
+    visualize.add_argument("video", metavar="VIDEO", help="video file")
+    visualize.add_argument(
+        "--out", required=True, metavar="FILE", help="file to write: .png for a strip of frames, .mp4 or .gif"
+    )
+    visualize.add_argument("--overwrite", action="store_true", help="replace --out if it exists")
+    visualize.add_argument("--layer", metavar="NAME", help="the non-local block (default: the last)")
+    visualize.add_argument(
+        "--position",
+        type=_clip_position,
+        metavar="T,Y,X",
+        help="frame, row and column of the clip that asks, from 0, after resizing and cropping "
+        "(default: the most attended)",
+    )
+    visualize.add_argument(
+        "--arrows", action="store_true", help="arrows to the strongest keys instead of all weights laid over"
+    )
+    visualize.add_argument(
+        "--count", type=_positive, default=20, metavar="N", help="strongest keys (default: %(default)s)"
+    )
+    visualize.add_argument("--fps", type=_rate, metavar="R", help="frames of the clip a second (default: 4)")
+    visualize.add_argument(
+        "--clip", type=_positive, default=1, metavar="N", help="which of --clips, from 1 (default: %(default)s)"
+    )
+    visualize.add_argument(
+        "--clips", type=_positive, default=1, metavar="N", help="clips of the video (default: %(default)s)"
+    )
+    _sizes(visualize)
+    visualize.add_argument("--shorter-side", type=_positive, metavar="N", help=SHORTER_SIDE_HELP)
+    _sampling(visualize)
+    visualize.set_defaults(crops=1)
 
     verify = _command(
         commands, "verify", _verify, "runs every signature of an export in a process without Keras and this package"

@@ -13,13 +13,13 @@ import dataclasses
 import hashlib
 import json
 import math
-import os
 import pathlib
-import tempfile
 
 import keras
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
+
+from keras_nonlocal.files import whole_file
 
 # How the scores of a video's views become those of the video.
 VIEW_REDUCTIONS = {"mean": np.mean, "max": np.max}
@@ -56,8 +56,8 @@ class _Evaluation:
         directory.mkdir(parents=True, exist_ok=True)
         written = []
         for name, write in self._files().items():
-            with _whole(directory / name) as scratch:
-                write(scratch)
+            with whole_file(directory / name) as scratch:
+                write(pathlib.Path(scratch))
             written.append(str(directory / name))
         return written
 
@@ -646,17 +646,3 @@ def _write_csv(path, rows):
         csv.writer(file, lineterminator="\n").writerows(
             ["" if isinstance(value, float) and math.isnan(value) else value for value in row] for row in rows
         )
-
-
-@contextlib.contextmanager
-def _whole(path):
-    """A name beside `path` that becomes `path` once it is written: readers see whole files only."""
-    handle, scratch = tempfile.mkstemp(prefix=f".{path.name}-", dir=path.parent)
-    os.close(handle)
-    scratch = pathlib.Path(scratch)
-    try:
-        yield scratch
-        os.chmod(scratch, 0o644)
-        os.replace(scratch, path)
-    finally:
-        scratch.unlink(missing_ok=True)

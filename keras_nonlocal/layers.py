@@ -162,13 +162,15 @@ class _NonLocal(keras.layers.Layer):
         x_windows, mask_windows = self._windows(x, mask, sizes)
         (phi,), key_sizes, key_mask = self._keys((self.phi,), x_windows, mask_windows)  # BW M D
         num_windows, num_keys = math.prod(grid), math.prod(key_sizes)
-        phi = ops.take(ops.reshape(phi, (batch, num_windows, num_keys, phi.shape[-1])), query_window, axis=1)
-        phi = ops.reshape(phi, (batch * num_queries, num_keys, phi.shape[-1]))  # BQ M D
-        if key_mask is not None:
-            key_mask = ops.take(ops.reshape(key_mask, (batch, num_windows, num_keys)), query_window, axis=1)
-            key_mask = ops.reshape(key_mask, (batch * num_queries, num_keys))
         x_queries = ops.take(_flatten(x), query_position, axis=1)  # B Q C
-        x_queries = ops.reshape(x_queries, (batch * num_queries, 1, channels))
+        one_window = all(w in (None, size) for w, size in zip(self.window or (None,), x.shape[1:-1], strict=False))
+        if not one_window:  # each query has keys of its own
+            phi = ops.take(ops.reshape(phi, (batch, num_windows, num_keys, phi.shape[-1])), query_window, axis=1)
+            phi = ops.reshape(phi, (batch * num_queries, num_keys, phi.shape[-1]))  # BQ M D
+            if key_mask is not None:
+                key_mask = ops.take(ops.reshape(key_mask, (batch, num_windows, num_keys)), query_window, axis=1)
+                key_mask = ops.reshape(key_mask, (batch * num_queries, num_keys))
+            x_queries = ops.reshape(x_queries, (batch * num_queries, 1, channels))
         weights = nonlocal_ops.attention_weights(
             _project(self.theta, x_queries),
             phi,
@@ -176,7 +178,9 @@ class _NonLocal(keras.layers.Layer):
             score_kernel=self._score_kernel(),
             scale=self.scale,
             mask=key_mask,
-        )  # BQ 1 M
+        )  # B Q M or BQ 1 M
+        if one_window:
+            return ops.reshape(weights, (batch, num_queries, *key_sizes))
         weights = ops.reshape(weights, (batch, num_queries, 1, num_keys))
         windows = ops.cast(ops.arange(num_windows) == ops.expand_dims(query_window, -1), "float32")  # Q W
         weights = ops.reshape(windows[None, :, :, None] * weights, (-1, num_keys, 1))  # BQW M 1

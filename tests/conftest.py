@@ -17,10 +17,8 @@ import pytest  # noqa: E402
 
 # What runs on the other backends. The rest is TensorFlow's (tf.data, SavedModels, unknown sizes), or reads no tensor.
 # Not collected rather than skipped: a test that appears has run.
-PORTABLE = {
-    "jax": ("ops", "fast_forms", "normalization", "layers", "conformance", "compiled", "ops_jax", "rematerialization"),
-    "torch": ("ops", "fast_forms", "normalization", "layers", "conformance", "rematerialization"),
-}
+_PORTABLE = ("ops", "fast_forms", "normalization", "layers", "conformance", "rematerialization", "visualization_drawing")
+PORTABLE = {"jax": (*_PORTABLE, "compiled", "ops_jax"), "torch": _PORTABLE}
 BACKEND = os.environ["KERAS_BACKEND"]
 if BACKEND == "tensorflow":
     collect_ignore = ["test_ops_jax.py"]
@@ -29,6 +27,7 @@ else:
     collect_ignore = [path.name for path in Path(__file__).parent.glob("test_*.py") if path.name not in portable]
 # What needs a package that the plain tests do without; CONTRIBUTING.md says how to get it.
 PEERS = {
+    "test_benchmarks_models_peers.py": ("torch", "torchvision", "pytorchvideo"),
     "test_checkpoints_torch.py": ("torch",),
     "test_insert_keras_hub.py": ("keras_hub",),
     "test_parity.py": ("torch",),

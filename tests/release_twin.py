@@ -221,7 +221,7 @@ def write_release(path, blobs, affine=False):
 
 
 class ReleaseTwin:
-    """The release's graph at test time, in float32.
+    """The release's graph in float32, at test time unless `training` is set.
 
     Args:
         blobs: Name → array, as `random_blobs` gives.
@@ -235,6 +235,8 @@ class ReleaseTwin:
         non_local_pool: Sub-sampling before φ and g. `None`: none.
         scaled: Whether scores are multiplied by C_inner^-0.5.
     """
+
+    training = False
 
     def __init__(
         self,
@@ -272,24 +274,29 @@ class ReleaseTwin:
     def features(self, clips):
         """What the head sees of the clips."""
         import torch
-        from torch.nn import functional
 
         with torch.inference_mode():
-            x = torch.from_numpy(np.float32(clips)).permute(0, 4, 1, 2, 3)
-            first, second, third = self.temporal_strides
-            x = self.convolution("conv1", x, (5 if self.inflated else 1, 7, 7), (first, 2, 2))
-            x = torch.relu(self.norm("res_conv1_bn", x))
-            padding = (0, self.pool1_padding, self.pool1_padding)
-            x = functional.max_pool3d(x, (second, 3, 3), (second, 2, 2), padding)
-            for stage, blocks in enumerate(BLOCKS[self.depth], 2):
-                for block in range(blocks):
-                    x = self.residual_block(stage, block, x)
-                    if block in self.non_local.get(stage, ()):
-                        groups = self.groups if stage == 3 else None
-                        x = self.non_local_block(f"nonlocal_conv{stage}_{block}", x, groups)
-                if stage == 2:
-                    x = functional.max_pool3d(x, (third, 1, 1), (third, 1, 1))
-            return x.mean((2, 3, 4)).numpy()
+            return self.backbone(torch.from_numpy(np.float32(clips)).permute(0, 4, 1, 2, 3)).numpy()
+
+    def backbone(self, x):
+        """The same of a tensor `(batch, 3, frames, height, width)`; `benchmarks/networks.py` trains it."""
+        import torch
+        from torch.nn import functional
+
+        first, second, third = self.temporal_strides
+        x = self.convolution("conv1", x, (5 if self.inflated else 1, 7, 7), (first, 2, 2))
+        x = torch.relu_(self.norm("res_conv1_bn", x))
+        padding = (0, self.pool1_padding, self.pool1_padding)
+        x = functional.max_pool3d(x, (second, 3, 3), (second, 2, 2), padding)
+        for stage, blocks in enumerate(BLOCKS[self.depth], 2):
+            for block in range(blocks):
+                x = self.residual_block(stage, block, x)
+                if block in self.non_local.get(stage, ()):
+                    groups = self.groups if stage == 3 else None
+                    x = self.non_local_block(f"nonlocal_conv{stage}_{block}", x, groups)
+            if stage == 2:
+                x = functional.max_pool3d(x, (third, 1, 1), (third, 1, 1))
+        return x.mean((2, 3, 4))
 
     def blob(self, name):
         import torch
@@ -311,7 +318,8 @@ class ReleaseTwin:
         gamma, beta = self.blob(f"{name}_s"), self.blob(f"{name}_b")
         if self.affine:
             return x * gamma[:, None, None, None] + beta[:, None, None, None]
-        return functional.batch_norm(x, self.blob(f"{name}_rm"), self.blob(f"{name}_riv"), gamma, beta, eps=EPSILON)
+        mean, variance = self.blob(f"{name}_rm"), self.blob(f"{name}_riv")
+        return functional.batch_norm(x, mean, variance, gamma, beta, self.training, momentum=0.1, eps=EPSILON)
 
     def residual_block(self, stage, block, x):
         import torch
@@ -319,12 +327,12 @@ class ReleaseTwin:
         name = f"res{stage}_{block}_branch"
         stride = (1, 2, 2) if stage > 2 and block == 0 else (1, 1, 1)
         taps = 3 if self.inflated and is_inflated(stage, block) else 1
-        y = torch.relu(self.norm(f"{name}2a_bn", self.convolution(f"{name}2a", x, (taps, 1, 1))))
-        y = torch.relu(self.norm(f"{name}2b_bn", self.convolution(f"{name}2b", y, (1, 3, 3), stride)))
+        y = torch.relu_(self.norm(f"{name}2a_bn", self.convolution(f"{name}2a", x, (taps, 1, 1))))
+        y = torch.relu_(self.norm(f"{name}2b_bn", self.convolution(f"{name}2b", y, (1, 3, 3), stride)))
         y = self.norm(f"{name}2c_bn", self.convolution(f"{name}2c", y, (1, 1, 1)))
         if block == 0:
             x = self.norm(f"{name}1_bn", self.convolution(f"{name}1", x, (1, 1, 1), stride))
-        return torch.relu(x + y)
+        return torch.relu_(x + y)
 
     def non_local_block(self, name, x, groups=None):
         """z = norm(W_z y) + x, of all frames or of so many at a time."""
@@ -342,6 +350,6 @@ class ReleaseTwin:
         scores = theta.transpose(1, 2) @ phi
         if self.scaled:
             scores = scores * theta.shape[1] ** -0.5
-        y = g @ torch.softmax(scores, -1).transpose(1, 2)
+        y = (torch.softmax(scores, -1) @ g.transpose(1, 2)).transpose(1, 2)
         z = self.convolution(f"{name}_out", y.reshape(len(x), -1, *x.shape[2:]), (1, 1, 1))
         return x + (z if self.affine else self.norm(f"{name}_bn", z))

@@ -9,6 +9,7 @@ ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = "keras_nonlocal"
 
 # What stands left in the chain, then what stands beside it.
+OPEN = ("_version", "files")  # to all: the version, and how a file is written whole
 TOOLS = ("training", "evaluation", "export", "visualization", "tuning")
 CORE = ("ops", "normalization", "layers", "applications")
 DOORS = {
@@ -22,7 +23,7 @@ DOORS = {
     "cli": {*CORE, *TOOLS, "checkpoints", "data"},
     "checkpoints": set(),
     "data": set(),
-    "_version": set(),  # one line, open to all
+    **{room: set() for room in OPEN},
 }
 # Rooms that may import it. The commands load exports and name the errors that come out of tf.data.
 TENSORFLOW = ("data", "export", "cli")
@@ -122,7 +123,7 @@ def refusal(room, imported):
         return f"{room or 'the package'} needs no optional package"
     if top == PACKAGE:
         other = room_of(imported)
-        if other in (room, "_version", "__version__"):
+        if other in (room, *OPEN, "__version__"):
             return None
         if other not in DOORS or not other:
             return "the package itself opens to every room; import from the room"

@@ -16,12 +16,14 @@ from pathlib import Path
 import keras
 import numpy as np
 import pytest
+from PIL import Image
 
 from keras_nonlocal import NonLocal3D
 from keras_nonlocal.applications import C2DResNet11, fully_convolutional, preprocess_input
 from keras_nonlocal.cli import _Classifier, main
 from keras_nonlocal.data import VideoReader, clips, load_views, write_video
 from keras_nonlocal.export import read_metadata
+from keras_nonlocal.visualization import attend, draw_arrows, draw_attention, write_attention_video
 
 ROOT = Path(__file__).resolve().parent.parent
 COLOURS = {"blue": (20, 20, 230), "red": (230, 20, 20)}
@@ -491,11 +493,40 @@ def test_train_starts_a_new_head(trained, videos, tmp_path, untrained):
             ["export", "@MODEL", "@OUT", "--class-names", "a,b,c"],
             "each of the model's 2 scores. Received: class_names=['a', 'b', 'c']",
         ),
+        (["visualize", "@MODEL", "@DATA/red/0.mp4"], "the following arguments are required: --out"),
+        (["visualize", "@MODEL", "@VIDEO", "--out", "a.avi"], "--out must end with .png, .mp4 or .gif. Received: --ou"),
+        (["visualize", "@MODEL", "@VIDEO", "--out", "missing/a.png"], "--out must be a file in a folder that can be"),
+        (["visualize", "@MODEL", "@VIDEO", "--out", "@OLD"], "--out exists; --overwrite replaces it. Received: --out"),
+        (["visualize", "@MODEL", "@VIDEO", "--out", "@PNG", "--fps", "9"], "--fps needs --out with .mp4 or .gif. Rec"),
+        (["visualize", "@MODEL", "@VIDEO", "--out", "@GIF", "--fps", "200"], "of at most 100. Received: fps=200.0"),
+        (["visualize", "@MODEL", "@VIDEO", "--out", "@PNG", "--clip", "3", "--clips", "2"], "at most --clips, 2. Rec"),
+        (["visualize", "@MODEL", "@VIDEO", "--out", "@PNG", "--count", "0"], "--count: must be a positive integer."),
+        (["visualize", "@MODEL", "@VIDEO", "--out", "@PNG", "--position", "1,2"], "such as 0,112,80. Received: '1,2'"),
+        (["visualize", "@MODEL", "@VIDEO", "--out", "@PNG", "--position=-1,2,3"], "0,112,80. Received: '-1,2,3'"),
+        (
+            ["visualize", "@MODEL", "@VIDEO", "--out", "@PNG", "--position", "4,0,0"],
+            "`position` must be a frame, a row and a column (t, y, x) inside of (4, 32, 32). Received: position=(4, 0,",
+        ),
+        (
+            ["visualize", "@MODEL", "@VIDEO", "--out", "@PNG", "--layer", "conv1"],
+            "which has ['nonlocal_conv3_1']. Received: layer_name='conv1'",
+        ),
+        (
+            ["visualize", "@MODEL", "@VIDEO", "--out", "@PNG", "--image-size", "4"],
+            "`clip` must be of a size on which the model runs. Received: clip.shape=(4, 4, 4, 3)",
+        ),
+        (["visualize", "@DATA", "@VIDEO", "--out", "@PNG"], "visualize needs a .keras file. Received: MODEL='@DATA'"),
+        (["visualize", "no.keras", "@VIDEO", "--out", "@PNG"], "MODEL does not exist. Received: MODEL='no.keras'"),
+        (["visualize", "@MODEL", "no.mp4", "--out", "@PNG"], "Cannot decode no.mp4: "),
+        (["visualize", "@MODEL", "@TEXT", "--out", "@PNG"], "Cannot decode @TEXT: Invalid data"),
+        (["visualize", "@BARE", "@VIDEO", "--out", "@PNG"], "says what --frame-stride and --image-size should be."),
         (["export", "@IMAGES", "@OUT"], "MODEL must take clips (batch, frames, height, width, 3) and give scores"),
     ],
 )
 def test_bad_input_is_one_line(arguments, message, trained, videos, tmp_path, capsys):
-    paths = {"DATA": str(videos), "MODEL": str(trained)}
+    paths = {"DATA": str(videos), "MODEL": str(trained), "VIDEO": str(videos / "red" / "0.mp4")}
+    paths |= {name: str(tmp_path / f"a.{name.lower()}") for name in ("PNG", "GIF")}
+    paths |= {"OLD": str(tmp_path / "old.png")}
     paths |= {name: str(tmp_path / name.lower()) for name in ("OUT", "BARE", "TEXT", "OTHER", "NAMES", "IMAGES")}
     paths |= {name: paths[name] + ".keras" for name in ("OUT", "BARE", "TEXT", "NAMES", "IMAGES")}
     used = " ".join(arguments)
@@ -503,6 +534,7 @@ def test_bad_input_is_one_line(arguments, message, trained, videos, tmp_path, ca
         shutil.copytree(videos / "red", tmp_path / "other" / name)
     shutil.copy(trained, paths["BARE"])
     Path(paths["TEXT"]).write_text("no model")
+    Path(paths["OLD"]).write_text("a picture")
     if "NAMES" in used:
         shutil.copy(trained, paths["NAMES"])
         settings = json.loads(Path(f"{trained}.json").read_text()) | {"class_names": ["one"]}
@@ -585,8 +617,48 @@ def test_a_model_of_a_fixed_size_says_its_size(tmp_path, videos, capsys):
     assert line == "the model takes frames of 32x32 pixels. Received: --image-size 24"
 
 
+def test_visualize_draws_a_clip(trained, videos, tmp_path, capsys):
+    """The third of three clips, by its settings, as `attend` and the drawings have it."""
+    video = videos / "red" / "1.mp4"
+    model = keras.saving.load_model(trained)
+    clip = load_views(video, 4, 1, views=(3, 1), shorter_side=32, image_size=(32, 32))[2]
+    asked, most = attend(model, clip, (2, 20, 9)), attend(model, clip)
+    write_attention_video(clip, most, tmp_path / "expected.gif", fps=8, count=20)
+    options = {
+        "heat.png": ["--position", "2,20,9", "--layer", "nonlocal_conv3_1"],
+        "arrows.png": ["--arrows", "--count", "3"],
+        "arrows.gif": ["--arrows", "--fps", "8"],
+    }
+    printed = {}
+    for name, given in options.items():
+        arguments = ["visualize", trained, video, "--out", tmp_path / name, "--clip", 3, "--clips", 3, *given]
+        assert main(list(map(str, arguments))) == 0
+        printed[name] = capsys.readouterr().out.splitlines()
+    for name, picture in (
+        ("heat.png", draw_attention(clip, asked)),
+        ("arrows.png", draw_arrows(clip, most, count=3)),
+    ):
+        np.testing.assert_array_equal(np.asarray(Image.open(tmp_path / name)), np.asarray(picture))
+    assert (tmp_path / "arrows.gif").read_bytes() == (tmp_path / "expected.gif").read_bytes()
+    first, second, *rows, last = printed["heat.png"]
+    assert first == "layer nonlocal_conv3_1; position 2,20,9 (frame, row, column)"
+    assert second == "its 8 strongest keys of 8: frame, row, column, weight"
+    centres, weights = asked.strongest()
+    table = np.array([row.split() for row in rows], float)
+    np.testing.assert_allclose(table[:, :3], centres)
+    np.testing.assert_allclose(table[:, 3], weights, rtol=1e-4)
+    assert last == f"Wrote {tmp_path / 'heat.png'}"
+    position = ",".join(map(str, most.position))
+    first, second, *rows, _ = printed["arrows.png"]
+    assert first == f"layer nonlocal_conv3_1; position {position} (frame, row, column), the most attended"
+    assert second == "its 3 strongest keys of 8: frame, row, column, weight" and len(rows) == 3
+
+
+COMMANDS = "train evaluate predict visualize tune inspect export verify convert shard".split()
+
+
 def test_help_names_every_command(capsys):
-    for command in ("train", "evaluate", "predict", "export", "verify"):
+    for command in COMMANDS:
         with pytest.raises(SystemExit) as stop:
             main([command, "--help"])
         assert stop.value.code == 0

@@ -23,7 +23,7 @@ import numpy as np
 from av.video.reformatter import Interpolation, VideoReformatter
 from PIL import Image
 
-from .files import whole_file
+from keras_nonlocal.files import whole_file
 
 # What a broken file can make a decoder raise, apart from PyAV's own errors: a stream list that is
 # empty, a codec it does not know, a name the file system refuses; the last three are Pillow's.

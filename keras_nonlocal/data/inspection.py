@@ -11,11 +11,12 @@ import os
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
+from keras_nonlocal.files import whole_file
+
 from . import shards
 from .annotations import read_annotations
 from .clips import check_positive, check_seed, clip_options, load_clip
 from .decode import VideoError, VideoReader
-from .files import whole_file
 
 # The contact sheet, in pixels.
 _TEXT_WIDTH, _FRAME_HEIGHT, _GAP, _FONT_SIZE = 200, 112, 4, 13
