@@ -28,7 +28,7 @@ def build(remat, **options):
 
 def train(model, steps=2, **options):
     model.compile(keras.optimizers.SGD(0.1, momentum=0.9), "sparse_categorical_crossentropy", **options)
-    return [float(model.train_on_batch(CLIPS, LABELS)) for _ in range(steps)]
+    return np.array([model.train_on_batch(CLIPS, LABELS) for _ in range(steps)])
 
 
 def assert_same_state(actual, expected, tolerance=1e-4):
@@ -132,6 +132,17 @@ def test_without_head_and_outside_of_training(top):
     plain, remat = build(False, **top), build(True, **top)
     for training in (False, True):
         assert_close(remat(CLIPS, training=training), plain(CLIPS, training=training))
+
+
+def test_behind_other_layers():
+    """Layers in front whose names are those of blocks, but which stand side by side."""
+    losses = []
+    for remat in (False, True):
+        clips = keras.Input(OPTIONS["input_shape"])
+        sides = [keras.layers.ReLU(negative_slope=slope, name=f"side{slope}_out")(clips) for slope in (2, 3)]
+        model = build(remat, input_shape=None, input_tensor=keras.layers.Add(name="both_out")(sides))
+        losses.append(train(model, 1))
+    assert_close(*losses)
 
 
 def test_files(tmp_path):

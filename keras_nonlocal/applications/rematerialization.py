@@ -9,7 +9,7 @@ import keras
 from keras import ops
 
 # What the names of layers begin or end with whose outputs are kept, besides inputs and scores.
-KEPT = {"begin": ("pool1", "nonlocal_"), "end": ("_out",)}
+KEPT = {"begin": ("nonlocal_",), "end": ("pool1", "_out")}
 
 
 @keras.saving.register_keras_serializable(package="keras_nonlocal")
@@ -33,7 +33,7 @@ class _Parts:
 
     def __init__(self, model):
         self.inputs = keras.tree.flatten(model.input)
-        kept = [layer.output for layer in model.layers[:-1] if _is_kept(layer.name)]
+        kept = _kept(model)
         starts = [model.input, *kept]
         self.parts = [_Part(start, end) for start, end in zip(starts, kept, strict=False)]
         self.head = keras.Model(starts[-1], model.output)
@@ -47,8 +47,22 @@ class _Parts:
         return self.head(*tensors, training=True)
 
 
-def _is_kept(name):
-    return name.startswith(KEPT["begin"]) or name.endswith(KEPT["end"])
+def _kept(model):
+    """The outputs of the layers that `KEPT` names, where nothing goes past them: not in one of several branches."""
+    operations = model.operations  # in an order of computation
+    last_use = {id(x): number for number, operation in enumerate(operations) for x in _tensors(operation, "input")}
+    last_use |= {id(x): len(operations) for x in model.outputs}
+    kept, awaited = [], 0
+    for number, operation in enumerate(operations[:-1]):
+        is_named = operation.name.startswith(KEPT["begin"]) or operation.name.endswith(KEPT["end"])
+        if is_named and awaited <= number:
+            kept.append(operation.output)
+        awaited = max([awaited, *(last_use.get(id(x), 0) for x in _tensors(operation, "output"))])
+    return kept
+
+
+def _tensors(operation, name):
+    return keras.tree.flatten(getattr(operation, name))
 
 
 class _Part(keras.layers.Layer):
