@@ -26,7 +26,12 @@ def build(remat, **options):
     return model
 
 
+# How all but the tests of compilation train: TensorFlow takes longer to trace a step than to compute it.
+EASIEST = {"tensorflow": {"run_eagerly": True}, "jax": {"jit_compile": True}, "torch": {"jit_compile": False}}[BACKEND]
+
+
 def train(model, steps=2, **options):
+    options = options or EASIEST
     model.compile(keras.optimizers.SGD(0.1, momentum=0.9), "sparse_categorical_crossentropy", **options)
     return np.array([model.train_on_batch(CLIPS, LABELS) for _ in range(steps)])
 
@@ -37,32 +42,35 @@ def assert_same_state(actual, expected, tolerance=1e-4):
         assert_close(one, other, tolerance)
 
 
-def assert_trains_alike(jit_compile):
+def assert_trains_alike(**options):
     """Losses, all weights and moving statistics after two steps. Dropout is on, in the head."""
     plain, remat = build(False), build(True)
     assert type(remat) is RematerializedModel and type(plain) is not RematerializedModel
     assert_same_state(remat, plain, 0.0)
     before = plain.get_weights()
-    assert_close(train(remat, jit_compile=jit_compile), train(plain, jit_compile=jit_compile))
+    assert_close(train(remat, **options), train(plain, **options))
     assert_same_state(remat, plain)
-    changes = [np.abs(new - old).max() for new, old in zip(plain.get_weights(), before, strict=True)]
-    assert min(changes) > 0  # the weights of the blocks too
+    # The weights of the blocks too. The biases of non-local blocks change nothing in front of a softmax or a norm.
+    changes = {
+        weight.path: np.abs(new - old).max()
+        for weight, new, old in zip(plain.weights, plain.get_weights(), before, strict=True)
+        if weight.name != "bias"
+    }
+    assert min(changes.values()) > 1e-5, changes
 
 
 def test_trains_alike():
-    assert_trains_alike(jit_compile=BACKEND == "jax")
+    assert_trains_alike(**EASIEST)
 
 
 if BACKEND == "tensorflow":
 
+    def test_trains_alike_in_a_graph():
+        assert_trains_alike(jit_compile=False)
+
     @pytest.mark.slow
     def test_trains_alike_compiled_by_xla():
         assert_trains_alike(jit_compile=True)
-
-    def test_trains_alike_eagerly():
-        plain, remat = build(False), build(True)
-        assert_close(train(remat, 1, run_eagerly=True), train(plain, 1, run_eagerly=True))
-        assert_same_state(remat, plain)
 
 
 if BACKEND != "jax":  # which traces a function once, and computes it twice all the same
@@ -80,7 +88,7 @@ if BACKEND != "jax":  # which traces a function once, and computes it twice all 
         for remat, times in ((False, 1), (True, 2)):
             model = build(remat)
             called.clear()
-            train(model, 1, run_eagerly=True)
+            train(model, 1)
             names = {name for name in called if "branch" in name or name == "conv1"}
             # The branches of 3 blocks, of which 2 have a projection, and the first convolution.
             assert len(names) == 3 * 3 * 2 + 2 * 2 + 1

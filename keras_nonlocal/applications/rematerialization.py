@@ -75,7 +75,8 @@ class _Part(keras.layers.Layer):
     def call(self, *inputs):
         weights = self.graph.trainable_variables
         state = self.graph.non_trainable_variables
-        values = [ops.convert_to_tensor(variable) for variable in (*weights, *state)]
+        # Tensors and not variables, which TensorFlow would follow on its own too: gradients would count twice.
+        values = [ops.copy(variable) for variable in (*weights, *state)]
         updated = []
 
         def run(*tensors):
