@@ -65,6 +65,7 @@ def test_trains_alike():
 
 if BACKEND == "tensorflow":
 
+    @pytest.mark.slow
     def test_trains_alike_in_a_graph():
         assert_trains_alike(jit_compile=False)
 
@@ -97,6 +98,7 @@ if BACKEND != "jax":  # which traces a function once, and computes it twice all 
             assert counts == {**dict.fromkeys(names, times), "norm": 2 * times, "pred": 1}
 
 
+@pytest.mark.slow
 def test_statistics_are_updated_once():
     model = build(True)
     norm = model.get_layer("res_conv1_bn")
@@ -106,6 +108,7 @@ def test_statistics_are_updated_once():
     assert_close(norm.moving_mean, 0.1 * means)
 
 
+@pytest.mark.slow
 def test_frozen_layers_stay():
     """As in the paper's training on long clips: batch normalization frozen, in the blocks too."""
     plain, remat = build(False), build(True)
@@ -123,6 +126,7 @@ def test_frozen_layers_stay():
         assert_equal(weight, before[weight.path])
 
 
+@pytest.mark.slow
 def test_mixed_precision(policy):
     """Of the blocks, which compute in float32, no weight is rounded."""
     policy("mixed_bfloat16")
@@ -135,6 +139,7 @@ def test_mixed_precision(policy):
             assert_close(actual, expected, 1e-5 if one.name.startswith("nonlocal") else 2e-2)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("top", [{}, {"include_top": False}, {"include_top": False, "pooling": "avg"}])
 def test_without_head_and_outside_of_training(top):
     plain, remat = build(False, **top), build(True, **top)
@@ -142,6 +147,7 @@ def test_without_head_and_outside_of_training(top):
         assert_close(remat(CLIPS, training=training), plain(CLIPS, training=training))
 
 
+@pytest.mark.slow
 def test_behind_other_layers():
     """Layers in front whose names are those of blocks, but which stand side by side."""
     losses = []
@@ -167,10 +173,12 @@ def test_files(tmp_path):
     assert_same_state(plain, remat, 0.0)
     assert_close(train(loaded, 1), train(remat, 1))
     assert_same_state(loaded, remat)
-    assert [layer.name for layer in loaded.layers] == [layer.name for layer in plain.layers]
+    names = [[layer.name for layer in model.layers[1:]] for model in (loaded, plain)]  # inputs are numbered
+    assert names[0] == names[1]
     assert loaded.get_layer("res3_0_out").output.shape == plain.get_layer("res3_0_out").output.shape
 
 
+@pytest.mark.slow
 def test_other_functions_take_it():
     plain, remat = build(False, dropout=0.0), build(True, dropout=0.0)
     train(remat, 1)  # its parts are made
