@@ -33,6 +33,7 @@ EASIEST = {"tensorflow": {"run_eagerly": True}, "jax": {"jit_compile": True}, "t
 def train(model, steps=2, **options):
     options = options or EASIEST
     model.compile(keras.optimizers.SGD(0.1, momentum=0.9), "sparse_categorical_crossentropy", **options)
+    keras.utils.set_random_seed(1)  # PyTorch draws dropout from one generator for all models
     return np.array([model.train_on_batch(CLIPS, LABELS) for _ in range(steps)])
 
 
@@ -88,8 +89,9 @@ if BACKEND != "jax":  # which traces a function once, and computes it twice all 
             monkeypatch.setattr(cls, "call", call)
         for remat, times in ((False, 1), (True, 2)):
             model = build(remat)
+            train(model, 1)  # Keras on PyTorch begins with a call of its own, that makes the metrics
             called.clear()
-            train(model, 1)
+            model.train_on_batch(CLIPS, LABELS)
             names = {name for name in called if "branch" in name or name == "conv1"}
             # The branches of 3 blocks, of which 2 have a projection, and the first convolution.
             assert len(names) == 3 * 3 * 2 + 2 * 2 + 1
@@ -144,7 +146,11 @@ def test_mixed_precision(policy):
 def test_without_head_and_outside_of_training(top):
     plain, remat = build(False, **top), build(True, **top)
     for training in (False, True):
-        assert_close(remat(CLIPS, training=training), plain(CLIPS, training=training))
+        outputs = []
+        for model in (remat, plain):
+            keras.utils.set_random_seed(1)
+            outputs.append(model(CLIPS, training=training))
+        assert_close(*outputs)
 
 
 @pytest.mark.slow
