@@ -39,8 +39,16 @@ def train(model, steps=2, **options):
 
 def assert_same_state(actual, expected, tolerance=1e-4):
     assert [weight.path for weight in actual.weights] == [weight.path for weight in expected.weights]
-    for one, other in zip(actual.get_weights(), expected.get_weights(), strict=True):
-        assert_close(one, other, tolerance)
+    for weight, one, other in zip(expected.weights, actual.get_weights(), expected.get_weights(), strict=True):
+        if (
+            tolerance
+            and weight.path.startswith("nonlocal")
+            and weight.path.endswith(("phi/bias", "g/bias", "out/bias"))
+        ):
+            # In front of a softmax or a norm they change nothing, and their gradients are rounding errors of 1e-7.
+            np.testing.assert_allclose(one, other, rtol=tolerance, atol=1e-6)
+        else:
+            assert_close(one, other, tolerance)
 
 
 def assert_trains_alike(**options):
