@@ -1,7 +1,7 @@
 """Training of whole networks: the memory of long clips with and without `remat`, and what XLA costs or gains.
 
     pip install ".[bench]" jax
-    python benchmarks/training.py            # about an hour on 2 cores; writes benchmarks/results/training.{md,json}
+    python benchmarks/training.py            # writes benchmarks/results/training.{md,json}
     python benchmarks/training.py --quick    # tiny clips, minutes, numbers without meaning
 
 Each row is a network that takes some steps of `train_on_batch` on the same clips from the same weights, in a process of
