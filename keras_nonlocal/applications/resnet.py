@@ -16,6 +16,7 @@ from keras import ops
 
 from keras_nonlocal.applications import weights as network_weights
 from keras_nonlocal.applications.folded import Conv3D, MaxPooling3D
+from keras_nonlocal.applications.rematerialization import RematerializedModel
 from keras_nonlocal.layers import NonLocal3D
 from keras_nonlocal.normalization import BatchNormalization
 
@@ -192,6 +193,7 @@ def build_resnet(
     pixels=None,
     dropout=0.5,
     new_head=False,
+    remat=False,
 ):
     """Builds any network of the family; the public functions are its rows with names.
 
@@ -238,6 +240,8 @@ def build_resnet(
         raise ValueError(f"`classes` must be an integer of at least 1. Received: classes={classes!r}")
     if include_top and not (isinstance(dropout, (int, float)) and 0 <= dropout < 1):
         raise ValueError(f"`dropout` must be a number from 0 to below 1. Received: dropout={dropout!r}")
+    if not isinstance(remat, bool):
+        raise ValueError(f"`remat` must be `True` or `False`. Received: remat={remat!r}")
     channels_first = keras.config.image_data_format() == "channels_first"
     if input_tensor is not None:
         if not isinstance(input_tensor, keras.KerasTensor):
@@ -310,7 +314,7 @@ def build_resnet(
     if input_tensor is not None:
         inputs = keras.utils.get_source_inputs(inputs)
         inputs = inputs[0] if len(inputs) == 1 else inputs
-    model = keras.Model(inputs, x, name=name)
+    model = (RematerializedModel if remat else keras.Model)(inputs, x, name=name)
     if weights is not None:
         network_weights.load(model, checkpoint, new_head)
     return model
@@ -451,6 +455,9 @@ _DOCUMENTATION = """{title}
             `"caffe"` (less ImageNet's mean). `None`: `"release"`, or what the file says.
         dropout: Rate of the dropout before the dense layer.
         new_head: Whether to leave the head random, for other classes than those of the file in `weights`.
+        remat: Whether training keeps only what goes from one residual or non-local block to the next, and computes the
+            rest once more in the backward pass: less memory, about a third more arithmetic. Weights and results are the
+            same.
 
     Returns:
         A functional `keras.Model` from `(batch, frames, height, width, 3)` to `(batch, classes)`.

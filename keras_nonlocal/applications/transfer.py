@@ -10,6 +10,7 @@ from collections.abc import Iterable
 import keras
 import numpy as np
 
+from keras_nonlocal.applications.rematerialization import RematerializedModel
 from keras_nonlocal.layers import NonLocal1D, NonLocal2D, NonLocal3D
 
 _BY_RANK = {3: NonLocal1D, 4: NonLocal2D, 5: NonLocal3D}
@@ -92,7 +93,8 @@ class _Insertion:
     def copy_model(self, model):
         graph = _graph(model)
         plain = keras.Sequential if isinstance(model, keras.Sequential) else type(graph)
-        if type(model).call is not plain.call:
+        remat = isinstance(model, RematerializedModel)
+        if type(model).call is not plain.call and not remat:
             raise ValueError(
                 "A model with a `call` of its own does not come back from its layers; if these do all that is wanted, "
                 f"insert into `keras.Model(model.input, model.output)`. Received: {model!r}"
@@ -109,12 +111,13 @@ class _Insertion:
 
         # Keras' own copies of the inputs lose their names, and whether they are optional.
         inputs = {id(layer.output): layer for layer in graph.layers if isinstance(layer, keras.layers.InputLayer)}
-        return keras.models.clone_model(
+        copy = keras.models.clone_model(
             graph,
             input_tensors=keras.tree.map_structure(lambda x: _copy_layer(inputs[id(x)]).output, graph.input),
             clone_function=self.copy_operation,
             call_function=call,
         )
+        return RematerializedModel(copy.input, copy.output, name=copy.name) if remat else copy
 
     def copy_operation(self, operation):
         if id(operation) not in self.copies:
