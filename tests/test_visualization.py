@@ -68,6 +68,14 @@ def test_sees_only_its_window():
     assert len(centres) == len(weights) == 2 * 8 * 8 and centres[:, 0].min() == 2  # none of weight 0
 
 
+def test_a_block_with_a_mask_is_refused():
+    inputs = keras.Input(SHAPE)
+    mask = keras.ops.any(inputs > 0, axis=-1)
+    model = keras.Model(inputs, NonLocal3D(name="block")(inputs, mask=mask))
+    with pytest.raises(ValueError, match="without a mask. Received: layer_name='block', which is called on 2 tensors"):
+        attend(model, np.zeros(SHAPE, "uint8"))
+
+
 def test_takes_the_last_layer_or_the_named_one():
     inputs = keras.Input(SHAPE)
     x = NonLocal3D(pairwise="gaussian", scale=60.0, window=(1, None, None), name="first")(inputs)

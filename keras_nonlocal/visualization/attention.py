@@ -164,6 +164,12 @@ class Looker:
                     f"`clip` must be of a size on which the model runs. Received: clip.shape={clip.shape}"
                 ) from error
         place = self._places[shapes]
+        num_tensors = len(place.stages[-1].outputs)
+        if num_tensors != 1:
+            raise ValueError(
+                "The layer must be called on a map alone, without a mask. "
+                f"Received: layer_name={self.layer_name!r}, which is called on {num_tensors} tensors"
+            )
         layer, features = place.layer, place.features(inputs)
         shape = tuple(features.shape)
         sizes = shape[2:] if layer.data_format == "channels_first" else shape[1:-1]  # T' H' W'

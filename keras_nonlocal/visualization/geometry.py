@@ -120,11 +120,6 @@ def find_place(model, layer_name, clip_sizes, input_shape):
     for name, owner in zip(path, layers, strict=False):
         walk = _Walk(tracer, owner, shapes, axes)
         reached = walk.inputs_of[name]
-        if owner is layers[-2] and len(reached) != 1:
-            raise ValueError(
-                "The layer must be called on a map alone, without a mask. "
-                f"Received: layer_name={layer_name!r}, which is called on {len(reached)} tensors"
-            )
         stages.append(keras.Model(*(x if len(x) > 1 else x[0] for x in (walk.inputs, reached))))
         shapes, axes = [tuple(x.shape) for x in reached], [walk.axes(x) for x in reached]
     return Place(layer_name, block, tuple(clip_sizes), tuple(stages), axes[0])
