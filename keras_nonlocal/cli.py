@@ -6,7 +6,6 @@ Every command parses, calls the package and prints. Bad input is one line on std
 import argparse
 import collections
 import contextlib
-import importlib.util
 import json
 import logging
 import math
@@ -23,6 +22,7 @@ from keras_nonlocal.evaluation import VIEW_REDUCTIONS
 from keras_nonlocal.files import whole_file
 from keras_nonlocal.ops import PAIRWISE
 from keras_nonlocal.training.recipes import RECIPES, parse_overrides, read_recipe
+from keras_nonlocal.training.run import save_model
 
 # What `train` writes beside the model, so that the other commands prepare clips as it did.
 SETTINGS = ("class_names", "num_frames", "frame_stride", "image_size", "shorter_side")
@@ -93,22 +93,10 @@ def _train(args):
 
     import keras
 
-    from keras_nonlocal import applications
-    from keras_nonlocal.data import video_dataset_from_directory
-
     with _reported_as_bad_input():
         keras.utils.set_random_seed(args.seed)
-        datasets = video_dataset_from_directory(
-            args.data,
-            batch_size=args.batch_size,
-            **_clips(args),
-            **_annotations(args),
-            validation_split=args.validation_split or None,
-            subset="both" if args.validation_split else None,
-        )
-        training, validation = datasets if args.validation_split else (datasets, None)
+        training, validation = _labelled_videos(args, validates=bool(args.validation_split))
         class_names, report = training.class_names, training.report
-        _check_classes(args, class_names)
         options = {} if args.non_local is None else {"non_local": args.non_local}
         is_multi_label = training.element_spec[1].shape.rank == 2
         if is_multi_label:
@@ -125,9 +113,6 @@ def _train(args):
         # Symbolically, before any video is read: a crop may be too small for the network.
         model.compute_output_shape((None, args.num_frames, args.image_size, args.image_size, 3))
 
-    def normalised(dataset):
-        return dataset and dataset.map(lambda clips, labels: (applications.preprocess_input(clips), labels))
-
     model.compile(
         keras.optimizers.SGD(args.learning_rate, momentum=0.9, nesterov=True),
         "binary_crossentropy" if is_multi_label else "sparse_categorical_crossentropy",
@@ -138,8 +123,8 @@ def _train(args):
         # Keras then calls an interruption. It is none.
         warnings.filterwarnings("ignore", message=".*[Yy]our input ran out of data.*")
         # The dataset shuffles itself; Keras would warn that it cannot.
-        model.fit(normalised(training), validation_data=normalised(validation), epochs=args.epochs, shuffle=False)
-        _save(model, out, {name: vars(args).get(name) for name in SETTINGS} | {"class_names": class_names})
+        model.fit(_normalised(training), validation_data=_normalised(validation), epochs=args.epochs, shuffle=False)
+        save_model(model, out, _settings(args, class_names, SETTINGS))
     print(report.summary())
     if validation is not None:
         print(f"validation: {validation.report.summary()}")
@@ -147,15 +132,34 @@ def _train(args):
     return 0
 
 
-def _check_classes(args, class_names):
-    if len(class_names) < 2:
-        raise _BadInput(f"a classifier needs at least 2 classes. Received: DATA={args.data!r} with {class_names}")
+def _labelled_videos(args, validates):
+    """The videos to train on, and those to validate on or `None`."""
+    from keras_nonlocal.data import video_dataset_from_directory
+
+    datasets = video_dataset_from_directory(
+        args.data,
+        batch_size=args.batch_size,
+        **_clips(args),
+        **_annotations(args),
+        validation_split=args.validation_split if validates else None,
+        subset="both" if validates else None,
+    )
+    training, validation = datasets if validates else (datasets, None)
+    if len(training.class_names) < 2:
+        raise _BadInput(
+            f"a classifier needs at least 2 classes. Received: DATA={args.data!r} with {training.class_names}"
+        )
+    return training, validation
 
 
-def _save(model, out, settings):
-    with whole_file(out) as scratch:
-        model.save(scratch)
-        _write_text(_settings_path(out), json.dumps(settings, indent=2) + "\n")
+def _normalised(dataset):
+    from keras_nonlocal.applications import preprocess_input
+
+    return dataset and dataset.map(lambda clips, labels: (preprocess_input(clips), labels))
+
+
+def _settings(args, class_names, names):
+    return {name: vars(args).get(name) for name in names} | {"class_names": class_names}
 
 
 def _train_by_recipe(args):
@@ -165,95 +169,36 @@ def _train_by_recipe(args):
     if args.out is not None:
         _check_out(pathlib.Path(args.out), args.overwrite, ".keras")
 
-    import keras
-
-    from keras_nonlocal.applications import preprocess_input
     from keras_nonlocal.data import video_dataset_from_directory
-    from keras_nonlocal.training import (
-        PreciseBatchNormalization,
-        Workers,
-        build_model,
-        distribute,
-        plan_training,
-        train,
-    )
+    from keras_nonlocal.training import plan_training, train_recipe
 
-    split = {"validation_split": args.validation_split, "subset": "training"} if args.validation_split else {}
-    common = {**recipe.clip_options, **_annotations(args), **split}
-
-    def videos(**options):
-        options = {**common, "batch_size": batch_size, "label_mode": recipe.label_mode, "seed": args.seed, **options}
-        return video_dataset_from_directory(args.data, **options)
-
-    def normalised(dataset):
-        return dataset.map(lambda clips, *rest: (preprocess_input(clips), *rest))
-
-    reports = []
-
-    def training(start):
-        # Workers must stay at the same place, whatever is broken.
-        on_error = "skip" if workers.num_workers == 1 else "black"
-        dataset = videos(with_paths=True, start=start, verbose=False, shard=workers.shard, on_error=on_error)
-        reports.append(dataset.report)
-        return normalised(dataset)
-
-    def for_statistics():
-        # The same clips for each evaluation and worker, of a pass that no training gets to.
-        return normalised(videos(start=(10**9, 0), verbose=False))
-
-    # Before all that computes: TensorFlow and JAX join workers only then.
-    joined = contextlib.nullcontext(Workers()) if args.dry_run else distribute()
-    with _reported_as_bad_input(), joined as workers:
-        batch_size = recipe.micro_batch_size(workers.num_workers)
-        listed = videos(verbose=workers.is_chief)
-        class_names, num_videos = listed.class_names, len(listed.file_paths)
-        _check_classes(args, class_names)
+    validation_split = args.validation_split or None
+    with _reported_as_bad_input():
         if args.dry_run:
-            print(plan_training(recipe, len(class_names), num_videos))
+            listed = video_dataset_from_directory(
+                args.data,
+                label_mode=recipe.label_mode,
+                seed=args.seed,
+                validation_split=validation_split,
+                subset="training" if validation_split else None,
+                **recipe.clip_options,
+                **_annotations(args),
+            )
+            print(plan_training(recipe, len(listed.class_names), len(listed.file_paths)))
             return 0
-        validation = None
-        if args.validation_split:
-            # One view of each video, as it will be tested.
-            size = {"image_size": recipe.test_image_size, "shorter_side": recipe.test_shorter_side}
-            views = {**size, "views": (1, 1), "horizontal_flip": False, "subset": "validation", "verbose": False}
-            views["shard"] = workers.shard
-            validation = normalised(videos(**views)).map(lambda clips, labels: (clips[:, 0], labels))
-        keras.utils.set_random_seed(args.seed)
-        model = build_model(recipe, len(class_names))
-        # Symbolically, before any video is read: a crop may be too small for the network.
-        model.compute_output_shape((None, recipe.num_frames, recipe.image_size, recipe.image_size, 3))
-        run_dir = pathlib.Path(args.run_dir)
-        run = {"class_names": class_names, "num_videos": num_videos, "validation_split": args.validation_split}
-        if workers.is_chief:
-            _begin_run(run_dir, recipe, run | {"seed": args.seed})
-        callbacks = _tensorboard(run_dir) if workers.is_chief else []
-        if recipe.ema_momentum is not None:
-            callbacks.append(keras.callbacks.SwapEMAWeights())  # evaluations are of the averages, their statistics too
-        norms = None
-        if recipe.precise_batch_norm_batches:
-            norms = PreciseBatchNormalization(for_statistics, recipe.precise_batch_norm_batches)
-            callbacks.append(norms)
-        train(
-            model,
-            workers.dataset(training, batch_size),
-            run_dir,
-            steps=recipe.num_steps * recipe.gradient_accumulation_steps,
-            validation_data=validation,
-            callbacks=callbacks,
+        trained = train_recipe(
+            recipe,
+            args.data,
+            args.run_dir,
+            validation_split=validation_split,
+            seed=args.seed,
             checkpoint_steps=args.checkpoint_steps,
-            step=workers.step(model),
-            verbose=int(workers.is_chief),
+            out=args.out,
+            **_annotations(args),
         )
-        out = pathlib.Path(args.out or run_dir / "model.keras")
-        sizes = {"shorter_side": recipe.test_shorter_side}
-        settings = {name: getattr(recipe, name, None) for name in SETTINGS} | {"class_names": class_names} | sizes
-        with norms.precise() if norms else contextlib.nullcontext():  # it is tested with them, too
-            if workers.is_chief:
-                _save(model, out, settings)
-    if not workers.is_chief:
-        return 0
-    print(reports[-1].summary())
-    print(f"Wrote {out} for {len(class_names)} classes: {', '.join(class_names)}")
+    if trained.path is not None:
+        print(trained.report.summary())
+        print(f"Wrote {trained.path} for {len(trained.class_names)} classes: {', '.join(trained.class_names)}")
     return 0
 
 
@@ -274,47 +219,12 @@ def _recipe(args):
         return read_recipe(args.recipe, **(overrides | parse_overrides(args.set or ())))
 
 
-def _begin_run(run_dir, recipe, run):
-    """Writes beside the checkpoints what they are of, or compares it: a run goes on as it began."""
-    run_dir.mkdir(parents=True, exist_ok=True)
-    recipe_path, run_path = run_dir / "recipe.yaml", run_dir / "run.json"
-    if run_path.exists():
-        before = vars(read_recipe(recipe_path)) | json.loads(run_path.read_text(encoding="utf-8"))
-        now = vars(recipe) | run
-        changed = [f"{key} (was {before.get(key)!r}, is {now[key]!r})" for key in now if before.get(key) != now[key]]
-        if changed:
-            raise _BadInput(f"--run-dir holds a training with another {', '.join(changed)}. Received: {run_dir}")
-    else:
-        _write_text(recipe_path, recipe.to_yaml())
-        _write_text(run_path, json.dumps(run, indent=2) + "\n")
-
-
-def _tensorboard(run_dir):
-    import keras
-
-    if importlib.util.find_spec("tensorboard") is None:
-        print("No logs for TensorBoard, which is not installed: pip install 'keras-nonlocal[viz]'")
-        return []
-    return [keras.callbacks.TensorBoard(str(run_dir / "tensorboard"), write_graph=False)]
-
-
 def _tune(args):
-    from keras_nonlocal import applications
-    from keras_nonlocal.data import video_dataset_from_directory
-
     with _reported_as_bad_input():
         from keras_nonlocal.tuning import NonLocalHyperModel, tune
 
-        datasets = video_dataset_from_directory(
-            args.data,
-            batch_size=args.batch_size,
-            **_clips(args),
-            **_annotations(args),
-            validation_split=args.validation_split,
-            subset="both",
-        )
-        class_names = datasets[0].class_names
-        _check_classes(args, class_names)
+        training, validation = _labelled_videos(args, validates=True)
+        class_names = training.class_names
         sizes = (args.image_size, args.image_size, 3)
         hypermodel = NonLocalHyperModel(
             len(class_names),
@@ -327,28 +237,25 @@ def _tune(args):
             weight_decay=tuple(args.weight_decay),
             max_parameters=args.max_parameters,
             max_gmacs=args.max_gmacs,
-            multi_label=datasets[0].element_spec[1].shape.rank == 2,
+            multi_label=training.element_spec[1].shape.rank == 2,
         )
         # As `train` writes it, and what else must be the same for a search to go on.
         names = (*SETTINGS, "no_flip", "batch_size", "split", "validation_split")
-        settings = {name: vars(args).get(name) for name in names} | {"class_names": class_names}
         result = tune(
             hypermodel,
-            *(
-                dataset.map(lambda clips, labels: (applications.preprocess_input(clips), labels))
-                for dataset in datasets
-            ),
+            _normalised(training),
+            _normalised(validation),
             args.out,
             max_trials=args.max_trials,
             epochs=args.epochs,
             method=args.method,
             seed=args.seed,
-            metadata=settings,
+            metadata=_settings(args, class_names, names),
             verbose=2,
         )
     print(f"\n{result.table()}\n")
-    for name, dataset in zip(("training", "validation"), datasets, strict=True):
-        print(f"{name}: {dataset.report.summary()}")
+    print(f"training: {training.report.summary()}")
+    print(f"validation: {validation.report.summary()}")
     best = result.best
     print(f"Wrote {result.model_path} of trial {best.trial}, {result.objective} {best.score:.4f}")
     return 0

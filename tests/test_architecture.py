@@ -20,6 +20,7 @@ DOORS = {
     "applications": {"ops", "normalization", "layers", "checkpoints"},
     **{tool: {*CORE} for tool in TOOLS},
     "export": {*CORE, "data"},  # an exported graph samples, resizes and crops by the same functions as the datasets
+    "training": {*CORE, "data"},  # a recipe says the clips too, and one function trains by it
     "cli": {*CORE, *TOOLS, "checkpoints", "data"},
     "checkpoints": set(),
     "data": set(),

@@ -33,7 +33,7 @@ class _Parts:
 
     def __init__(self, model):
         self.inputs = keras.tree.flatten(model.input)
-        kept = _kept(model)
+        kept = [layer.output for layer in kept_layers(model)]
         starts = [model.input, *kept]
         self.parts = [_Part(start, end) for start, end in zip(starts, kept, strict=False)]
         self.head = keras.Model(starts[-1], model.output)
@@ -47,8 +47,15 @@ class _Parts:
         return self.head(*tensors, training=True)
 
 
-def _kept(model):
-    """The outputs of the layers that `KEPT` names, where nothing goes past them: not in one of several branches."""
+def kept_layers(model):
+    """Where a network of the builders may be cut in parts, each of which is computed once more by itself.
+
+    Args:
+        model: Functional Keras model.
+
+    Returns:
+        The layers that `KEPT` names and nothing goes past, in order: none in one of several branches.
+    """
     operations = model.operations  # in an order of computation
     last_use = {id(x): number for number, operation in enumerate(operations) for x in _tensors(operation, "input")}
     last_use |= {id(x): len(operations) for x in model.outputs}
@@ -56,7 +63,7 @@ def _kept(model):
     for number, operation in enumerate(operations[:-1]):
         is_named = operation.name.startswith(KEPT["begin"]) or operation.name.endswith(KEPT["end"])
         if is_named and awaited <= number:
-            kept.append(operation.output)
+            kept.append(operation)
         awaited = max([awaited, *(last_use.get(id(x), 0) for x in _tensors(operation, "output"))])
     return kept
 

@@ -9,6 +9,7 @@ from keras_nonlocal.training.distribution import Workers, distribute
 from keras_nonlocal.training.loop import LocalStep, train
 from keras_nonlocal.training.optimizer import SGD, LearningRate, make_optimizer
 from keras_nonlocal.training.recipes import RECIPES, Recipe, parse_overrides, read_recipe
+from keras_nonlocal.training.run import TrainedModel, train_recipe
 
 __all__ = [
     "RECIPES",
@@ -19,6 +20,7 @@ __all__ = [
     "Plan",
     "PreciseBatchNormalization",
     "Recipe",
+    "TrainedModel",
     "TrainingError",
     "Workers",
     "build_model",
@@ -30,4 +32,5 @@ __all__ = [
     "precise_batch_norm",
     "read_recipe",
     "train",
+    "train_recipe",
 ]

@@ -5,6 +5,7 @@ import dataclasses
 import keras
 import numpy as np
 
+from keras_nonlocal.applications.rematerialization import kept_layers
 from keras_nonlocal.applications.resnet import NETWORKS
 from keras_nonlocal.applications.summary import Summary, summarize
 from keras_nonlocal.layers import NonLocal1D, NonLocal2D, NonLocal3D
@@ -13,7 +14,7 @@ from keras_nonlocal.training.optimizer import learning_rate_of, make_optimizer
 from keras_nonlocal.training.recipes import Recipe
 
 # Arguments of the builders that a recipe has.
-BUILDER_ARGUMENTS = ("non_local", "non_local_options", "temporal_strides", "pool1_padding", "dropout")
+BUILDER_ARGUMENTS = ("non_local", "non_local_options", "temporal_strides", "pool1_padding", "dropout", "remat")
 
 
 def build_model(recipe, classes):
@@ -168,9 +169,10 @@ def _counted(count, noun):
 def plan_training(recipe, classes, num_videos=None, num_workers=1):
     """Says what the training by a recipe takes, without reading weights or videos.
 
-    The memory is an estimate: what one worker must hold at the end of the forward pass, the outputs of all layers as
-    `summarize` counts them, and the float32 weights with their gradients and the optimizer's state. Frameworks hold
-    less where they compute in place, and more for copies and for the workspace of convolutions.
+    The memory is an estimate: what one worker must hold for the backward pass, the outputs of all layers as `summarize`
+    counts them (with `remat` of those between blocks, and of all that is inside of the largest), and the float32
+    weights with their gradients and the optimizer's state. Frameworks hold less where they compute in place, and more
+    for copies and for the workspace of convolutions.
 
     Args:
         recipe: A `Recipe`.
@@ -221,11 +223,27 @@ def plan_training(recipe, classes, num_videos=None, num_workers=1):
         not_decayed=tuple(weight.path for weight in trained if not optimizer.is_decayed(weight)),
         frozen=tuple(weight.path for weight in norms if id(weight) not in kept),
         state_bytes=4 * (model.count_params() + copies * sum(sizes)),
-        activation_bytes=int(bytes_of_entry * size * summary.activation_bytes),
+        activation_bytes=int(bytes_of_entry * size * _held_bytes(recipe, model, summary)),
         stages=tuple(_stages(recipe)),
         num_videos=num_videos,
         num_workers=num_workers,
     )
+
+
+def _held_bytes(recipe, model, summary):
+    """With `remat` what is kept, and of the rest the largest part."""
+    if not recipe.remat:
+        return summary.activation_bytes
+    kept_names = {layer.name for layer in kept_layers(model)}
+    held, parts = 0, [0]
+    for row in summary.rows:
+        parts[-1] += row.activation_bytes
+        if row.name in kept_names:
+            output_bytes = 4 * int(np.prod(row.output_shape))
+            held += output_bytes
+            parts[-1] -= output_bytes
+            parts.append(0)
+    return held + max(parts)
 
 
 def _stages(recipe):

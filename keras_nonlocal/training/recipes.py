@@ -64,6 +64,8 @@ class Recipe:
         freeze_batch_norm: Whether batch normalization keeps its statistics, γ and β.
         precise_batch_norm_batches: Batches from which its statistics are computed before every evaluation; 0 evaluates
             with the moving averages.
+        remat: Whether a step keeps only what goes from block to block and computes the rest once more: less memory,
+            about a third more arithmetic.
         dtype_policy: `"float32"`, `"mixed_bfloat16"` or `"mixed_float16"`.
         jit_compile: Whether XLA compiles the step: true, false or `"auto"`, as Keras decides.
         test_num_clips: Clips of a video that is tested.
@@ -108,6 +110,7 @@ class Recipe:
     ema_momentum: float | None
     freeze_batch_norm: bool
     precise_batch_norm_batches: int
+    remat: bool
     dtype_policy: str
     jit_compile: bool | str
     test_num_clips: int
@@ -433,6 +436,7 @@ CHECKS = {
     "ema_momentum": _share(may_be_none=True),
     "freeze_batch_norm": _one_of(True, False),
     "precise_batch_norm_batches": _integer(0),
+    "remat": _one_of(True, False),
     "dtype_policy": _one_of("float32", "mixed_bfloat16", "mixed_float16"),
     "jit_compile": _one_of("auto", True, False),
     "test_num_clips": _integer(1),

@@ -88,18 +88,15 @@ class AttentionLogger(keras.callbacks.Callback):
 
     def on_train_begin(self, logs=None):
         self._lookers = [Looker(self.model, name, self.preprocess_input) for name in self.layer_names]
+        # What is wrong with a clip, a position or an option is found now, not after the first epoch.
+        for _ in self._draw():
+            pass
         os.makedirs(self.log_dir, exist_ok=True)
         # Readers take what has "tfevents" in its name, in the order of the names.
         name = f"events.out.tfevents.{int(time.time()):010d}.{socket.gethostname()}.{uuid.uuid4().hex}.attention"
         _, _, record_writer = _tensorboard()
         self._writer = record_writer.RecordWriter(open(os.path.join(self.log_dir, name), "wb"))
         self._write(file_version="brain.Event:2")
-        # What is wrong with a clip, a position or an option is found now, not after the first epoch.
-        for looker in self._lookers:
-            for name, clip in self.clips.items():
-                attention = looker(clip, self.positions[name])
-                for kind in self.pictures if attention.is_finite() else ():
-                    PICTURES[kind](clip, attention, **self.options)
 
     def on_epoch_end(self, epoch, logs=None):
         if epoch % self.every:
@@ -109,23 +106,28 @@ class AttentionLogger(keras.callbacks.Callback):
         model = self.model  # on JAX this also brings the weights that training holds
         for looker in self._lookers:
             looker.model = model
+        for layer_name, name, pictures in self._draw():
+            if not pictures:  # which is for other callbacks to end the training for
+                warnings.warn(
+                    f"Epoch {epoch}: no picture of {layer_name}, whose weights of attention are not finite",
+                    stacklevel=2,
+                )
+            for kind, picture in pictures.items():
+                png = io.BytesIO()
+                picture.save(png, format="PNG")
+                image = summary.Summary.Image(
+                    height=picture.height, width=picture.width, colorspace=3, encoded_image_string=png.getvalue()
+                )
+                values.append(summary.Summary.Value(tag=f"{kind}/{layer_name}/{name}", image=image))
+        self._write(step=epoch, summary=summary.Summary(value=values))
+
+    def _draw(self):
+        """Name of the layer, name of the clip and `{kind: picture}`, which is empty if weights are not finite."""
+        for looker in self._lookers:
             for name, clip in self.clips.items():
                 attention = looker(clip, self.positions[name])
-                if not attention.is_finite():  # which is for other callbacks to end the training for
-                    warnings.warn(
-                        f"Epoch {epoch}: no picture of {looker.layer_name}, whose weights of attention are not finite",
-                        stacklevel=2,
-                    )
-                    continue
-                for kind in self.pictures:
-                    picture = PICTURES[kind](clip, attention, **self.options)
-                    png = io.BytesIO()
-                    picture.save(png, format="PNG")
-                    image = summary.Summary.Image(
-                        height=picture.height, width=picture.width, colorspace=3, encoded_image_string=png.getvalue()
-                    )
-                    values.append(summary.Summary.Value(tag=f"{kind}/{looker.layer_name}/{name}", image=image))
-        self._write(step=epoch, summary=summary.Summary(value=values))
+                kinds = self.pictures if attention.is_finite() else ()
+                yield looker.layer_name, name, {kind: PICTURES[kind](clip, attention, **self.options) for kind in kinds}
 
     def on_train_end(self, logs=None):
         self._writer.close()
