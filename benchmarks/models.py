@@ -216,19 +216,11 @@ def network_table(results):
 
 
 def markdown(results):
-    machine, descriptions = results["machine"], results["peers"]
+    descriptions = results["peers"]
     present = [peer for peer in NAMES if "failure" not in descriptions.get(peer, {"failure": "not asked"})]
-    versions = {}
-    for peer in present:
-        versions.update(descriptions[peer]["versions"])
     yield "# ResNet-50 video networks against PyTorch's"
     yield ""
-    yield (
-        f"{machine['cpu']}, {machine['cores']} cores, {results['threads']} threads for every peer, "
-        f"{machine['memory_gib']:g} GiB; {machine['system']}; Python {machine['python']}, "
-        + ", ".join(f"{name} {version}" for name, version in versions.items())
-        + f"; {results['date']}. Written by `python benchmarks/models.py`."
-    )
+    yield report.machine_text(results, "models")
     if results["quick"]:
         yield ""
         yield "**Small clips (`--quick`): shows that everything runs. The numbers mean nothing.**"
@@ -273,7 +265,7 @@ def fingerprint():
     """Of the code that is measured and that measures: cells of other code are not kept."""
     package = ROOT / "keras_nonlocal"
     files = [package / name for name in ("ops.py", "normalization.py", "layers.py")]
-    files += [*sorted((package / "applications").glob("*.py"))]
+    files += sorted((package / "applications").glob("*.py"))
     files += [ROOT / "benchmarks" / name for name in ("layers.py", "models.py", "networks.py", "peers.py")]
     files.append(ROOT / "tests" / "release_twin.py")
     return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()[:12]

@@ -249,22 +249,24 @@ def growth_table(results, present):
                 )
 
 
-def markdown(results):
-    machine, present = (
-        results["machine"],
-        [p for p in NAMES if "failure" not in results["peers"].get(p, {"failure": 1})],
-    )
-    versions = {}
-    for peer in present:
-        versions.update(results["peers"][peer]["versions"])
-    yield "# The non-local block against its peers"
-    yield ""
-    yield (
+def machine_text(results, script):
+    """Where and when the figures were measured, with which versions."""
+    machine, versions = results["machine"], {}
+    for description in results["peers"].values():
+        versions |= description.get("versions", {})
+    return (
         f"{machine['cpu']}, {machine['cores']} cores, {results['threads']} threads for every peer, "
         f"{machine['memory_gib']:g} GiB; {machine['system']}; Python {machine['python']}, "
         + ", ".join(f"{name} {version}" for name, version in versions.items())
-        + f"; {results['date']}. Written by `python benchmarks/layers.py`."
+        + f"; {results['date']}. Written by `python benchmarks/{script}.py`."
     )
+
+
+def markdown(results):
+    present = [p for p in NAMES if "failure" not in results["peers"].get(p, {"failure": 1})]
+    yield "# The non-local block against its peers"
+    yield ""
+    yield machine_text(results, "layers")
     if results["quick"]:
         yield ""
         yield "**Tiny maps (`--quick`): shows that everything runs. The numbers mean nothing.**"

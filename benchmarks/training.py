@@ -288,17 +288,9 @@ def xla_table(results):
 
 
 def markdown(results):
-    machine, versions = results["machine"], {}
-    for description in results["peers"].values():
-        versions |= description.get("versions", {})
     yield "# Training: long clips, and XLA"
     yield ""
-    yield (
-        f"{machine['cpu']}, {machine['cores']} cores, {machine['memory_gib']:g} GiB; {machine['system']}; "
-        f"Python {machine['python']}, "
-        + ", ".join(f"{name} {version}" for name, version in versions.items())
-        + f"; {results['date']}. Written by `python benchmarks/training.py`."
-    )
+    yield report.machine_text(results, "training")
     if results["quick"]:
         yield from ("", "**Tiny clips (`--quick`): shows that everything runs. The numbers mean nothing.**")
     for backend, description in results["peers"].items():
