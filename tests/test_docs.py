@@ -177,6 +177,6 @@ def test_readme_commands_parse():
     """Every `keras-nonlocal …` line is one that the parser takes."""
     lines = [line for block in readme_blocks("bash") for line in block.splitlines()]
     commands = [shlex.split(line, comments=True)[1:] for line in lines if line.startswith("keras-nonlocal ")]
-    assert len(commands) == 12
+    assert len(commands) == 16
     for command in commands:
         cli._parser().parse_args(command)
