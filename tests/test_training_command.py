@@ -3,7 +3,10 @@
 import csv
 import importlib.util
 import json
+import os
 import shutil
+import subprocess
+import sys
 import warnings
 
 import keras
@@ -15,6 +18,7 @@ from keras_nonlocal.cli import main
 from keras_nonlocal.data import video_dataset_from_directory, write_video
 from keras_nonlocal.training import SGD, precise_batch_norm, read_recipe
 from keras_nonlocal.training.batch_norm import batch_norms
+from tests.test_training_distribution import environment, finish, free_port
 
 RECIPE = """
 model: c2d_resnet11
@@ -79,8 +83,7 @@ def test_a_run_leaves_its_model_recipe_and_logs(run_dir, videos, recipe):
         "image_size": 32,
         "shorter_side": 32,
     }
-    with open(run_dir / "log.csv", newline="") as file:
-        rows = list(csv.DictReader(file))
+    rows = _rows(run_dir / "log.csv")
     # 8 of 10 videos are 2 steps a pass; the rate falls after 4 steps.
     assert [row["step"] for row in rows] == ["2", "4", "6"]
     np.testing.assert_allclose([float(row["learning_rate"]) for row in rows], (0.01, 0.01, 0.001), rtol=1e-6)
@@ -114,6 +117,42 @@ def test_a_run_goes_on(run_dir, videos, recipe, tmp_path, capsys):
     models = [keras.saving.load_model(folder / "model.keras", compile=False) for folder in (run_dir, again)]
     for a, b in zip(*(model.weights for model in models), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.slow
+def test_two_workers(videos, recipe, tmp_path):
+    """Two processes as on two machines, each with its share of the videos, against one process."""
+    base = arguments_of(videos, recipe, tmp_path / "alone") + ["--set", "dropout=0.0"]
+    assert main(base) == 0
+    base[base.index(str(tmp_path / "alone"))] = str(tmp_path / "both")
+    port = free_port()
+    command = [sys.executable, "-c", "import sys; from keras_nonlocal.cli import main; sys.exit(main())", *base]
+    processes = [
+        subprocess.Popen(
+            command,
+            env=os.environ | environment(2, index, port),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for index in range(2)
+    ]
+    codes, outputs = finish(processes)
+    assert codes == [0, 0], "\n".join(outputs)
+    assert "Wrote" in outputs[0] and "Wrote" not in outputs[1]
+    models = [keras.saving.load_model(tmp_path / name / "model.keras") for name in ("alone", "both")]
+    # Statistics are of batches of one worker, which are smaller.
+    for a, b in zip(*(model.trainable_weights for model in models), strict=True):
+        np.testing.assert_allclose(a, b, rtol=0, atol=1e-4)
+    logs = [_rows(tmp_path / name / "log.csv") for name in ("alone", "both")]
+    for alone, both in zip(*logs, strict=True):
+        for name in ("epoch", "step", "loss", "accuracy", "learning_rate"):
+            assert float(alone[name]) == pytest.approx(float(both[name]), abs=1e-4)
+
+
+def _rows(path):
+    with open(path, newline="") as file:
+        return list(csv.DictReader(file))
 
 
 def error_of(capsys, arguments):
