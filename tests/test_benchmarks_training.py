@@ -53,12 +53,13 @@ def with_remat(row):
 def test_targets_and_tables():
     short = dataclasses.replace(LONG, shape=(1, 32, 224, 224))
     results = made_up(
-        (with_remat(LONG), reply(4.0, 2, (2.0, 1.0004))),
+        (with_remat(LONG), reply(4.0, 2, (2.0, 1.0008))),
         (LONG, reply(3.0, 5)),
         (with_remat(short), reply(1.0, 30)),
         (short, {"failure": "out of memory (> 20 GiB)"}),
         (SHORT, reply(0.5, 4)),
         (dataclasses.replace(SHORT, jit_compile=True), reply(0.25, 1, (2.01, 1.0))),
+        (dataclasses.replace(SHORT, backend="tensorflow"), reply(1.0, 4, (2.02, 1.0))),
         (dataclasses.replace(SHORT, backend="torch"), reply(0.5, 4)),
     )
     memory, remat, xla = training.targets(results)
@@ -72,8 +73,9 @@ def test_targets_and_tables():
         "| I3DResNet50 1×128×224×224 | no | 5.0 GiB | 6.0 GiB |  | 3.00 s |  |  |",
         "| I3DResNet50 1×32×224×224 | yes | 30.0 GiB | 31.0 GiB |  | 1.00 s |  |  |",
         "| I3DResNet50 1×32×224×224 | no |  |  |  | fails: out of memory (> 20 GiB) |  |  |",
-        "| C2DResNet11 1×8×224×224 | jax | 500 ms | 250 ms | 0.50 | 2.50 s | 0.25 | 5e-03 |",
-        "| C2DResNet11 1×8×224×224 | torch | 500 ms | has none |  |  |  |  |",
+        "| C2DResNet11 1×8×224×224 | jax | 500 ms | 250 ms | 0.50 | 2.50 s | 0.25 | 5e-03 | 1e-02 |",
+        "| C2DResNet11 1×8×224×224 | torch | 500 ms | has none |  |  |  |  | 1e-02 |",
+        "| C2DResNet11 1×8×224×224 | tensorflow | 1.00 s |  |  |  |  |  |  |",
         "jax: not installed (No module named 'jax').",
     ):
         assert line in text

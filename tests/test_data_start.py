@@ -71,7 +71,7 @@ def test_nothing_before_is_decoded(videos, monkeypatch):
     monkeypatch.setattr(directory, "load_clip", lambda path, *rest: decoded.append(path) or load_clip(path, *rest))
     dataset = video_dataset_from_directory(videos, start=(3, 4), **OPTIONS)
     ((clip, _, path, place), *_) = dataset.as_numpy_iterator()
-    assert place.tolist() == [3, 4] and len(decoded) == COUNT - 4 and path.decode() == decoded[0]
+    assert place.tolist() == [3, 4] and len(decoded) == COUNT - 4 and path.decode() in decoded
     assert dataset.report.num_good + len(dataset.report.broken) == COUNT - 4
 
 

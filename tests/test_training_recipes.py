@@ -37,6 +37,7 @@ SHARED = {
     "label_smoothing": 0.0,
     "gradient_accumulation_steps": 1,
     "ema_momentum": None,
+    "remat": False,
     "dtype_policy": "float32",
     "jit_compile": "auto",
     "test_num_clips": 10,
