@@ -152,8 +152,8 @@ class Worker:
 def fill(model):
     """The same weights on every backend.
 
-    Every block adds a little, so that losses see it, and not more than a little: in a deep network of random weights each
-    block would enlarge what the ones before it lost by rounding.
+    Every block adds a little, so that losses see it, and not more: in a deep network of random weights each block would
+    enlarge what the ones before it lost by rounding.
     """
     import numpy as np
 
