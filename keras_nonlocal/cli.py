@@ -21,6 +21,7 @@ from keras_nonlocal.data.sampling import SAMPLERS
 from keras_nonlocal.evaluation import VIEW_REDUCTIONS
 from keras_nonlocal.files import whole_file
 from keras_nonlocal.ops import PAIRWISE
+from keras_nonlocal.training.building import accuracy
 from keras_nonlocal.training.recipes import RECIPES, parse_overrides, read_recipe
 from keras_nonlocal.training.run import save_model
 
@@ -116,7 +117,7 @@ def _train(args):
     model.compile(
         keras.optimizers.SGD(args.learning_rate, momentum=0.9, nesterov=True),
         "binary_crossentropy" if is_multi_label else "sparse_categorical_crossentropy",
-        metrics=["accuracy"],
+        metrics=[accuracy(is_multi_label)],
     )
     with _reported_as_bad_input(), warnings.catch_warnings():
         # Broken videos are left out, so that the number of batches is unknown until the first epoch ends, which
@@ -199,6 +200,8 @@ def _train_by_recipe(args):
     if trained.path is not None:
         print(trained.report.summary())
         print(f"Wrote {trained.path} for {len(trained.class_names)} classes: {', '.join(trained.class_names)}")
+        views = f"--clips {recipe.test_num_clips} --crops {recipe.test_num_crops} --image-size {recipe.test_image_size}"
+        print(f"The recipe's test: keras-nonlocal evaluate {trained.path} VIDEOS {views}")
     return 0
 
 
@@ -216,6 +219,8 @@ def _recipe(args):
         if args.pairwise:
             options = read_recipe(args.recipe).non_local_options or {}
             overrides["non_local_options"] = options | {"pairwise": args.pairwise}
+        if "--shorter-side" in args.given:  # tested at the scale of the training, as without a recipe
+            overrides["test_shorter_side"] = overrides["test_image_size"] = min(args.shorter_side)
         return read_recipe(args.recipe, **(overrides | parse_overrides(args.set or ())))
 
 
@@ -755,10 +760,11 @@ class _BadInput(Exception):
 
 
 class _Given(argparse.Action):
-    """Stores a value, and that the option was given."""
+    """Stores a value, and that the option was given; of one that takes any number, all that it was given."""
 
     def __call__(self, parser, namespace, values, option_string=None):
-        setattr(namespace, self.dest, values)
+        before = getattr(namespace, self.dest) or [] if self.nargs == "+" else None
+        setattr(namespace, self.dest, values if before is None else [*before, *values])
         if self.option_strings:
             namespace.given = (*namespace.given, self.option_strings[-1])
 

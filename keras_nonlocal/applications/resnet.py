@@ -9,6 +9,7 @@ Shape letters: B batch, T time, H height, W width, C channels.
 import dataclasses
 import difflib
 import inspect
+import sys
 
 import keras
 import numpy as np
@@ -98,6 +99,8 @@ def preprocess_input(x):
     >>> preprocess_input(np.array([0, 255], "uint8")).tolist()
     [-2.0, 2.444444417953491]
     """
+    if type(x).__module__.partition(".")[0] == "tensorflow":  # of tf.data, on other backends too
+        return (sys.modules["tensorflow"].cast(x, "float32") - PIXEL_MEAN) / PIXEL_STD
     if not ops.is_tensor(x) and not isinstance(x, keras.KerasTensor):
         return (np.asarray(x, "float32") - np.float32(PIXEL_MEAN)) / np.float32(PIXEL_STD)
     return (ops.cast(x, "float32") - PIXEL_MEAN) / PIXEL_STD

@@ -528,7 +528,7 @@ def _file_source(paths, chosen, clip, shuffle, reshuffle_each_iteration, seed, s
         # A seed of its own for each clip: the clips do not depend on which thread comes first.
         seeds = np.random.default_rng((seed, 1, number)).integers(2**63 - 1, size=len(order))
         order, seeds = _share(order, shard).astype("int64"), _share(seeds, shard)
-        places = np.stack([np.full(len(order), number), np.arange(len(order))], axis=1)
+        places = np.stack([np.full(len(order), number), np.arange(len(order))], axis=1).astype("int64")
         skipped = first_position if number == first_pass else 0
         return order[skipped:], seeds[skipped:], places[skipped:]
 

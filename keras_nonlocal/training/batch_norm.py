@@ -190,7 +190,7 @@ class _PreciseStatistics:
                 norm.momentum = 0.0  # what moves becomes the statistics of the last batch
             for batch in itertools.islice(dataset() if callable(dataset) else dataset, self.num_batches):
                 inputs = keras.tree.map_structure(np.asarray, batch[0] if isinstance(batch, (tuple, list)) else batch)
-                with _random_numbers_kept():
+                with random_numbers_kept():
                     self.in_training.predict_on_batch(inputs)
                 size = len(keras.tree.flatten(inputs)[0])
                 total += size
@@ -221,8 +221,8 @@ class _InTraining(keras.Model):
         return self.model(inputs, training=True)
 
 
-def _random_numbers_kept():
-    """PyTorch has a generator for all, which is no variable of the model."""
+def random_numbers_kept():
+    """A block that leaves PyTorch's generator as it was, which is one for all and no variable of the model."""
     if keras.backend.backend() != "torch":
         return contextlib.nullcontext()
     import torch

@@ -51,8 +51,7 @@ def build_model(recipe, classes):
     model.compile(
         make_optimizer(recipe),
         _loss(recipe),
-        # Of the scores of all classes at 0.5, or whether the highest is right.
-        metrics=["accuracy"],
+        metrics=[accuracy(recipe.multi_label)],
         jit_compile=recipe.jit_compile,
     )
     return model
@@ -90,6 +89,18 @@ def _check_that_blocks_learn(model):
             "With `freeze_batch_norm` non-local blocks must come from the weights, or have "
             f"`non_local_options={{'normalization': None}}`: frozen at γ = 0 they never learn. Received: {dead}"
         )
+
+
+def accuracy(multi_label):
+    """The metric "accuracy": how often the highest score is right, or each score on its side of 0.5.
+
+    Args:
+        multi_label: Whether a video may be of several classes.
+
+    Returns:
+        What `compile` takes as a metric.
+    """
+    return keras.metrics.BinaryAccuracy(name="accuracy") if multi_label else "accuracy"
 
 
 def _loss(recipe):

@@ -17,6 +17,11 @@ import uuid
 import keras
 import numpy as np
 
+try:
+    import fcntl
+except ImportError:  # on Windows
+    fcntl = None
+
 FORMAT = 1
 _NAME = re.compile(r"step-(\d{9,})-epoch-(\d{4,})-([0-9a-f]{16})\.npz")
 _STATE = "state"
@@ -46,7 +51,7 @@ class Checkpoints:
     >>> [path.name[:14] for path in checkpoints.paths()]
     ['step-000000003', 'step-000000004']
     >>> variable.assign([7, 7])
-    >>> path, state = checkpoints.restore([variable])
+    >>> state = checkpoints.read(checkpoints.newest(), [variable])
     >>> state["step"], keras.ops.convert_to_numpy(variable).tolist()
     (4, [4.0, 0.0])
     """
@@ -61,6 +66,28 @@ class Checkpoints:
             return []
         found = [(_NAME.fullmatch(path.name), path) for path in self.directory.iterdir()]
         return [path for _, path in sorted((_rank(match), path) for match, path in found if match)]
+
+    @contextlib.contextmanager
+    def locked(self):
+        """A block in which no other process may lock them: two would delete each other's. A killed one holds no lock.
+
+        Raises:
+            TrainingError: If another process has locked them.
+        """
+        if fcntl is None:
+            yield
+            return
+        self.directory.mkdir(parents=True, exist_ok=True)
+        with open(self.directory / ".lock", "w") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError as error:
+                raise TrainingError(
+                    f"No other process may train in this directory. Received: directory={str(self.directory.parent)!r}"
+                ) from error
+            except OSError as error:  # a file system that knows no locks
+                _LOGGER.warning("Cannot lock %s: %s", self.directory, error)
+            yield
 
     def write(self, variables, state):
         """Writes a checkpoint and deletes those that are too many.
@@ -115,25 +142,21 @@ class Checkpoints:
             if path not in kept:
                 path.unlink(missing_ok=True)
 
-    def restore(self, variables):
-        """Reads the newest checkpoint that is sound into `variables`; damaged ones are logged as warnings.
-
-        Args:
-            variables: List of Keras variables, of the shapes and in the order of those that were written.
+    def newest(self):
+        """The newest checkpoint that is sound; damaged ones are logged as warnings.
 
         Returns:
-            Pair of its path and its state, or `None` if there is no checkpoint.
+            Its path, or `None` if there is no checkpoint.
 
         Raises:
             TrainingError: If there are checkpoints and all are damaged.
-            ValueError: If the newest sound one is of other variables.
         """
         paths = self.paths()
         for path in reversed(paths):
             with open(path, "rb") as file:
                 checksum = _checksum(file)
-                if checksum == _NAME.fullmatch(path.name)[3]:
-                    return path, _read(file, path, variables)
+            if checksum == _NAME.fullmatch(path.name)[3]:
+                return path
             _LOGGER.warning("Passed over a damaged checkpoint: %s has the checksum %s.", path, checksum)
         if paths:
             raise TrainingError(
@@ -141,6 +164,22 @@ class Checkpoints:
                 f"Received: {len(paths)} damaged ones in {str(self.directory)!r}"
             )
         return None
+
+    def read(self, path, variables):
+        """Reads a checkpoint into `variables`.
+
+        Args:
+            path: What `newest` returns.
+            variables: List of Keras variables, of the shapes and in the order of those that were written.
+
+        Returns:
+            Its state.
+
+        Raises:
+            ValueError: If it is of other variables.
+        """
+        with open(path, "rb") as file:
+            return _read(file, path, variables)
 
 
 def _rank(match):
@@ -153,7 +192,6 @@ def _checksum(file):
 
 
 def _read(file, path, variables):
-    file.seek(0)
     with np.load(file, allow_pickle=False) as content:
         arrays = dict(content)
     state = json.loads(arrays.pop(_STATE).tobytes())

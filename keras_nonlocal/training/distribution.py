@@ -5,6 +5,7 @@ whole batch, so that the weights are the same in all workers, and those of one p
 """
 
 import contextlib
+import inspect
 import json
 import os
 
@@ -15,9 +16,14 @@ from .batch_norm import batch_norms
 from .checkpoints import TrainingError
 from .loop import LocalStep
 
-# What the backends say of a worker that is gone, or of the connection to it.
-_LOST = ("UnavailableError", "AbortedError", "CancelledError", "DeadlineExceededError")  # TensorFlow
-_LOST += ("UNAVAILABLE", "ABORTED", "CANCELLED", "DEADLINE_EXCEEDED", "Connection", "Gloo")  # JAX
+# What the backends raise where a worker is gone, or the connection to it: classes, and what is in the message.
+_LOST = {name: ("",) for name in ("UnavailableError", "AbortedError", "CancelledError", "DeadlineExceededError")}
+_LOST |= dict.fromkeys(
+    ("JaxRuntimeError", "XlaRuntimeError"),
+    ("UNAVAILABLE", "ABORTED", "CANCELLED", "DEADLINE_EXCEEDED", "Connection", "Gloo"),
+)
+# Seconds after which JAX takes a worker that is not heard of for gone, and one that ends alone waits for the others.
+JAX_TIMEOUTS = {"heartbeat_timeout_seconds": 60, "shutdown_timeout_seconds": 15}
 
 # What says to a process which worker it is.
 VARIABLES = {"tensorflow": "TF_CONFIG", "jax": "KERAS_DISTRIBUTION_JOB_ADDRESSES"}
@@ -70,6 +76,8 @@ def distribute(strategy=None):
     ```
     """
     backend = keras.backend.backend()
+    if backend == "jax":
+        _check_jax_environment()
     for name, variable in VARIABLES.items():
         if name != backend and os.environ.get(variable):
             raise ValueError(
@@ -114,7 +122,8 @@ class Workers:
 
         A pass ends for all of them where one of them has no whole batch left: of N videos, the last N modulo
         `num_workers * batch_size` of a pass are left out, which are others in each pass. Places count the videos of all
-        workers, so that a training may go on with another number of workers and the same clips in a batch.
+        workers, so that a training may go on with another number of workers: with the same clips in a batch, if they
+        are of files (shards are dealt out before they are shuffled) and broken ones are black.
 
         Args:
             dataset: Function from a place to batches as `train` takes it, of this worker's share.
@@ -171,9 +180,6 @@ class _Together:
         self._batch_size = batch_size
         self._workers = workers
 
-    def __len__(self):
-        return len(self._source)
-
     def __iter__(self):
         workers = self._workers
         batches = iter(self._source)
@@ -204,31 +210,26 @@ class _DistributedStep(LocalStep):
     def __init__(self, model, workers):
         super().__init__(model)
         self._workers = workers
-        self._received, self._agreed = (), []
+
+    is_alone = False
 
     @property
     def is_chief(self):
         return self._workers.is_chief
 
-    def watch(self, received):
-        self._received = received
-        return self._agreed
+    def gather(self, values):
+        return self._workers.gather(values).tolist()
 
     def run(self, x, y):
-        with _others_needed():
-            logs = self._run(x, y)
-        # After the same step, or those that had not been asked yet would wait for the others.
-        signals = self._workers.gather([max(self._received, default=0)]).max()
-        if signals and not self._agreed:
-            self._agreed.append(int(signals))
-        return logs
+        with others_needed():
+            return self._run(x, y)
 
     def evaluate(self, validation_data, callbacks):
         """Every worker evaluates what it is given, and what they have counted is added."""
         model = self._model
         callbacks.on_test_begin()
         model.stop_evaluating = False
-        with _others_needed():
+        with others_needed():
             self._begin_evaluation()
             for number, (x, y, sample_weight) in enumerate(_evaluated(validation_data)):
                 callbacks.on_test_batch_begin(number)
@@ -240,8 +241,7 @@ class _DistributedStep(LocalStep):
 
     def finish(self):
         super().finish()
-        with _others_needed():
-            self._workers.gather([0])  # nobody leaves while others need them
+        self._workers.gather([0])  # nobody leaves while others need them
 
 
 def _evaluated(validation_data):
@@ -261,12 +261,12 @@ def _batched(x, y, sample_weight, batch_size=32):
 
 
 @contextlib.contextmanager
-def _others_needed():
+def others_needed():
     """Says what an error of the connection means."""
     try:
         yield
     except Exception as error:
-        if not any(text in f"{type(error).__name__}: {error}" for text in _LOST):
+        if not any(text in str(error) for text in _LOST.get(type(error).__name__, ())):
             raise
         raise TrainingError(
             "All workers must be there at every step. Start all of them again, and they go on from the last "
@@ -358,7 +358,7 @@ class _StrategyWorkers(Workers):
             return super().gather(values)
         rows = np.zeros((self.num_workers, len(values)), "int64")
         rows[self.index] = values
-        with _others_needed():
+        with others_needed():
             found = self._sum_rows(rows).numpy()
         return found // self.num_devices
 
@@ -373,7 +373,8 @@ class _StrategyStep(_DistributedStep):
         is_own = workers.strategy.extended.variable_created_in_scope
         if not all(is_own(variable.value) for variable in model.variables):
             raise ValueError(f"`model` must be built inside of the block of `distribute`. Received: model={model!r}")
-        steps = model.optimizer.gradient_accumulation_steps
+        # Inside of that which scales the loss, in half precision.
+        steps = getattr(model.optimizer, "inner_optimizer", model.optimizer).gradient_accumulation_steps
         if steps:  # TensorFlow refuses: the devices cannot meet in a branch of the graph
             raise ValueError(
                 "`gradient_accumulation_steps` must be `None` where a `tf.distribute.Strategy` makes the steps: more "
@@ -474,7 +475,7 @@ def _parallel_workers(strategy):
 
     if os.environ.get(VARIABLES["jax"]) and not jax.distributed.is_initialized():
         jax.config.update("jax_cpu_collectives_implementation", "gloo")
-        _joined(keras.distribution.initialize, RuntimeError)
+        _joined(_join_jax, RuntimeError)
     if strategy is None:
         if jax.device_count() == 1:
             yield Workers()
@@ -484,6 +485,31 @@ def _parallel_workers(strategy):
         yield _ParallelWorkers(jax.process_count(), jax.process_index(), jax.local_device_count())
 
 
+def _check_jax_environment():
+    """Without one of them, each process would train alone."""
+    names = [VARIABLES["jax"], "KERAS_DISTRIBUTION_NUM_PROCESSES", "KERAS_DISTRIBUTION_PROCESS_ID"]
+    values = [os.environ.get(name) for name in names]
+    is_cluster = all(values) and all(value.isdecimal() for value in values[1:]) and int(values[2]) < int(values[1])
+    if any(values) and not is_cluster:
+        raise ValueError(
+            f"{', '.join(f'`{name}`' for name in names)} must be an address, the number of workers and which of them "
+            f"this is, from 0 on. Received: {', '.join(map(repr, values))}"
+        )
+
+
+def _join_jax():
+    """As `keras.distribution.initialize`, which leaves JAX's timeouts of minutes."""
+    import jax
+
+    known = inspect.signature(jax.distributed.initialize).parameters
+    jax.distributed.initialize(
+        os.environ[VARIABLES["jax"]].split(",")[0],
+        int(os.environ["KERAS_DISTRIBUTION_NUM_PROCESSES"]),
+        int(os.environ["KERAS_DISTRIBUTION_PROCESS_ID"]),
+        **{name: value for name, value in JAX_TIMEOUTS.items() if name in known},
+    )
+
+
 class _ParallelWorkers(Workers):
     def step(self, model):
         return _ParallelStep(model, self)
@@ -491,7 +517,7 @@ class _ParallelWorkers(Workers):
     def gather(self, values):
         from jax.experimental import multihost_utils
 
-        with _others_needed():
+        with others_needed():
             found = multihost_utils.process_allgather(np.asarray(values, "int32"))
         return np.asarray(found, "int64").reshape(self.num_workers, len(values))
 

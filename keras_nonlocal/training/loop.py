@@ -17,6 +17,7 @@ import numpy as np
 
 from keras_nonlocal.files import whole_file
 
+from .batch_norm import random_numbers_kept
 from .checkpoints import Checkpoints, TrainingError
 
 
@@ -43,11 +44,12 @@ def train(
     ended the process before: the same clips follow, and the result is that of a training that nothing had stopped,
     as exactly as the backend repeats its sums.
 
-    After Ctrl-C or SIGTERM the step is finished and a checkpoint written, then `KeyboardInterrupt` or `SystemExit(143)`
-    is raised. The second signal acts as ever.
+    After Ctrl-C or SIGTERM the step, or the batch of a validation, is finished and a checkpoint written, then
+    `KeyboardInterrupt` or `SystemExit(143)` is raised. The second signal acts as ever.
 
     Callbacks are called as in `fit`, but their own state is not kept: they begin anew. `directory/log.csv` has a row
-    for every epoch.
+    for every epoch. Its figures are means of those of the batches: metrics must be numbers, and one that is no mean, such
+    as an area under a curve, is not that of the epoch.
 
     Args:
         model: A compiled Keras model.
@@ -129,9 +131,11 @@ class LocalStep:
 
     Attributes:
         is_chief: Whether this process writes checkpoints and the log.
+        is_alone: Whether no other process makes these steps too.
     """
 
     is_chief = True
+    is_alone = True
 
     def __init__(self, model):
         if not getattr(model, "compiled", False) or not model.built:
@@ -160,7 +164,7 @@ class LocalStep:
     def evaluate(self, validation_data, callbacks):
         """Evaluates the model. Returns a dict of floats, the loss and the metrics."""
         x, y, sample_weight = keras.utils.unpack_x_y_sample_weight(validation_data)
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), random_numbers_kept():
             # The length of a dataset that leaves out broken videos is not known before its end, which Keras calls an
             # interruption.
             warnings.filterwarnings("ignore", message=".*[Yy]our input ran out of data.*")
@@ -168,9 +172,9 @@ class LocalStep:
                 x, y, sample_weight=sample_weight, callbacks=callbacks, verbose=0, return_dict=True
             )
 
-    def watch(self, received):
-        """Takes the list that signals are put into; returns the one that ends the training once it is not empty."""
-        return received
+    def gather(self, values):
+        """A list of integers of each process that makes these steps, in which all must call it at the same place."""
+        return [values]
 
     def finish(self):
         """Ends the training: an optimizer that averages the weights puts the averages in their place."""
@@ -207,14 +211,21 @@ class _Loop:
         self._steps, self._epochs = options["steps"] or math.inf, options["epochs"] or math.inf
         self._steps_per_epoch = options["steps_per_epoch"]
         self._validation_freq, self._checkpoint_steps = options["validation_freq"], options["checkpoint_steps"]
-        self._received = step.watch(options["received"])
+        self._received = options["received"]
         self._checkpoints = Checkpoints(directory / "checkpoints", num_checkpoints)
         self._history = keras.callbacks.History()
         self._callbacks = keras.callbacks.CallbackList(
-            [*callbacks, self._history, _StopEvaluation(self._received)], add_progbar=verbose != 0, model=model
+            # Several processes end a validation together.
+            [*callbacks, self._history, *([_StopEvaluation(self._received)] if step.is_alone else [])],
+            add_progbar=verbose != 0,
+            model=model,
         )
 
     def run(self):
+        with self._checkpoints.locked() if self._step.is_chief else contextlib.nullcontext():
+            return self._run()
+
+    def _run(self):
         self._start()
         source = self._dataset(self._state.place) if callable(self._dataset) else self._dataset
         batches = _batches(source, self._state.place, is_resumed=callable(self._dataset))
@@ -228,18 +239,25 @@ class _Loop:
         logs = {}
         while not self._is_done() and not self._model.stop_training:
             logs = self._epoch(batches)
-            _stop_if_asked(self._received)
-        self._callbacks.on_train_end(logs)
         self._step.finish()
+        self._callbacks.on_train_end(logs)
         return self._history
 
     def _start(self):
         self._state = _State()
-        found = self._checkpoints.restore(self._step.variables)
-        if found is None:
+        path = self._checkpoints.newest()
+        step, epoch = (-1, -1) if path is None else map(int, path.name.split("-")[1:4:2])
+        # Before one of them writes the next, and all together take over what it holds.
+        found = [tuple(map(int, row)) for row in self._step.gather([step, epoch])]
+        if len(set(found)) > 1:
+            raise TrainingError(
+                "All workers must see the same checkpoints, in a directory that they share. "
+                f"Received: (step, epoch) of the newest of the workers: {', '.join(map(str, found))}"
+            )
+        if path is None:
             self._save()
             return
-        path, state = found
+        state = self._checkpoints.read(path, self._step.variables)
         self._state = _State(**{**state, "place": tuple(state["place"])})
         _set_generators(self._state.generators)
         if self._step.is_chief:
@@ -277,6 +295,7 @@ class _Loop:
             results = self._step.evaluate(self._validation_data, self._callbacks)
             logs |= {f"val_{name}": float(value) for name, value in results.items()}
         self._callbacks.on_epoch_end(state.epoch, logs)
+        signal_number = self._agree()
         row = {name: float(value) for name, value in logs.items()}
         state.history.append({"epoch": state.epoch, "step": state.step, **row})
         state.epoch += 1
@@ -285,6 +304,7 @@ class _Loop:
         self._save()
         if self._step.is_chief:
             _write_log(self._directory / "log.csv", state.history)
+        _stop_if_asked(signal_number)
         return logs
 
     def _train_on(self, batch):
@@ -305,9 +325,16 @@ class _Loop:
         state.epoch_step += 1
         state.place = batch.place
         self._callbacks.on_train_batch_end(state.epoch_step - 1, self._logs())
-        if state.step % self._checkpoint_steps == 0 or self._received:
+        signal_number = self._agree()
+        if state.step % self._checkpoint_steps == 0 or signal_number:
             self._save()
-        _stop_if_asked(self._received)
+        _stop_if_asked(signal_number)
+
+    def _agree(self):
+        """What one process was asked all do, after the same step. Returns the number of a signal, or 0."""
+        asked = self._step.gather([self._received[0] if self._received else 0, int(self._model.stop_training)])
+        signal_number, self._model.stop_training = int(max(row[0] for row in asked)), any(row[1] for row in asked)
+        return signal_number
 
     def _logs(self):
         """The means of this epoch so far."""
@@ -339,8 +366,9 @@ def _set_generators(texts):
     import torch
 
     states = [torch.from_numpy(np.frombuffer(base64.b64decode(text), "uint8").copy()) for text in texts]
-    torch.set_rng_state(states[0])
-    torch.cuda.set_rng_state_all(states[1:])
+    if states:  # not of a checkpoint of another backend
+        torch.set_rng_state(states[0])
+        torch.cuda.set_rng_state_all(states[1 : 1 + torch.cuda.device_count()])
 
 
 # Data
@@ -424,9 +452,9 @@ def _stop_signals():
         put_back()
 
 
-def _stop_if_asked(received):
-    if received:
-        raise KeyboardInterrupt if received[0] == signal.SIGINT else SystemExit(128 + signal.SIGTERM)
+def _stop_if_asked(number):
+    if number:
+        raise KeyboardInterrupt if number == signal.SIGINT else SystemExit(128 + signal.SIGTERM)
 
 
 class _StopEvaluation(keras.callbacks.Callback):
@@ -437,4 +465,4 @@ class _StopEvaluation(keras.callbacks.Callback):
         self._received = received
 
     def on_test_batch_end(self, batch, logs=None):
-        _stop_if_asked(self._received)
+        _stop_if_asked(self._received and self._received[0])

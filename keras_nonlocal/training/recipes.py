@@ -46,7 +46,7 @@ class Recipe:
         batch_size: Clips of a step, over all machines and all `gradient_accumulation_steps`.
         reference_batch_size: Clips of a step that `learning_rate` and the numbers of steps are meant for.
         gradient_accumulation_steps: Parts that a batch is computed in, one after the other, where memory is short.
-            Batch normalization takes the statistics of each part by itself.
+            Batch normalization takes the statistics of each part by itself. Progress bars and logs count parts.
         total_steps: Length of the training.
         learning_rate: The highest learning rate.
         schedule: `"step"` (times `decay_factor` at each of `milestones`), `"cosine"` (half a cosine down to 0 at
@@ -68,7 +68,7 @@ class Recipe:
             about a third more arithmetic.
         dtype_policy: `"float32"`, `"mixed_bfloat16"` or `"mixed_float16"`.
         jit_compile: Whether XLA compiles the step: true, false or `"auto"`, as Keras decides.
-        test_num_clips: Clips of a video that is tested.
+        test_num_clips: Clips of a video that is tested, by `keras-nonlocal evaluate` or `evaluate_views`.
         test_num_crops: Crops of each of them.
         test_shorter_side: Size to which the videos' shorter side is resized then, in pixels.
         test_image_size: Side of the crops then, in pixels.
