@@ -233,7 +233,7 @@ def targets(results):
     for table, setting, name in (("remat", "remat", "`remat`"), ("xla", "jit_compile", "XLA")):
         target = report.Target(f"losses with and without {name}: relative difference", TOLERANCE)
         for row, other in pairs(results, table, setting):
-            value = difference(row, other)
+            value = math.inf if "failure" in row else difference(row, other)
             if value is not None and (target.measured is None or value > target.measured):
                 target.measured, target.where = value, f"{row['case']}, {row['backend']}"
         yield target

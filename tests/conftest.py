@@ -18,7 +18,7 @@ import pytest  # noqa: E402
 # What runs on the other backends. The rest is TensorFlow's (tf.data, SavedModels, unknown sizes), or reads no tensor.
 # Not collected rather than skipped: a test that appears has run.
 _PORTABLE = ("ops", "fast_forms", "normalization", "layers", "conformance", "rematerialization")
-_PORTABLE += ("training_optimizer", "training_batch_norm", "visualization_drawing")
+_PORTABLE += ("training_optimizer", "training_batch_norm", "training_loop", "visualization_drawing")
 PORTABLE = {"jax": (*_PORTABLE, "compiled", "ops_jax", "training_distribution"), "torch": _PORTABLE}
 BACKEND = os.environ["KERAS_BACKEND"]
 if BACKEND == "tensorflow":

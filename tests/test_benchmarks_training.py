@@ -90,6 +90,8 @@ def test_a_failure_misses_and_nothing_is_not_measured():
     verdicts = [target.verdict for target in training.targets(made_up((with_remat(LONG), {"failure": "> 1 s"})))]
     assert verdicts == ["**missed**", "not measured", "not measured"]
     assert [target.verdict for target in training.targets(made_up())] == ["not measured"] * 3
+    compiled = (dataclasses.replace(SHORT, jit_compile=True), {"failure": "does not compile"})
+    assert [target.verdict for target in training.targets(made_up((SHORT, reply(1.0)), compiled))][2] == "**missed**"
 
 
 def test_rows_of_a_case_differ_in_one_setting():

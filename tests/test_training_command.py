@@ -16,7 +16,7 @@ import pytest
 from keras_nonlocal.applications import preprocess_input
 from keras_nonlocal.cli import main
 from keras_nonlocal.data import video_dataset_from_directory, write_video
-from keras_nonlocal.training import SGD, precise_batch_norm, read_recipe
+from keras_nonlocal.training import SGD, precise_batch_norm, read_recipe, train_recipe
 from keras_nonlocal.training.batch_norm import batch_norms
 from tests.test_training_distribution import environment, finish, free_port
 
@@ -120,9 +120,57 @@ def test_a_run_goes_on(run_dir, videos, recipe, tmp_path, capsys):
 
 
 @pytest.mark.slow
+def test_all_options_together(videos, recipe, tmp_path):
+    """Goes on from the middle, too: of two steps, each of two parts."""
+    options = {"gradient_accumulation_steps": 2, "ema_momentum": 0.9, "label_smoothing": 0.1, "schedule": "cosine"}
+    options |= {"dtype_policy": "mixed_bfloat16", "warmup_steps": 2, "non_local": 1, "remat": "true", "batch_size": 4}
+    arguments = arguments_of(videos, recipe, tmp_path / "run")
+    arguments += ["--set", *(f"{key}={value}" for key, value in options.items())]
+    assert main(arguments) == 0
+    rows = _rows(tmp_path / "run" / "log.csv")
+    assert [row["step"] for row in rows] == ["4", "8", "12"]  # parts
+    rates = [(0.1 + 0.9 * min(step / 2, 1)) * 0.01 * (1 + np.cos(np.pi * step / 6)) / 2 for step in (1, 3, 5)]
+    np.testing.assert_allclose([float(row["learning_rate"]) for row in rows], rates, rtol=1e-5)
+    model = keras.saving.load_model(tmp_path / "run" / "model.keras")
+    whole = [keras.ops.convert_to_numpy(weight) for weight in model.weights]
+    for path in (tmp_path / "run" / "checkpoints").glob("step-000000012*"):
+        path.unlink()
+    (tmp_path / "run" / "model.keras").unlink()
+    assert main(arguments) == 0
+    again = keras.saving.load_model(tmp_path / "run" / "model.keras")
+    for a, b in zip(again.weights, whole, strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-4)
+
+
+# Of the extra `backends`.
+OTHER_BACKENDS = [name for name in ("jax", "torch") if importlib.util.find_spec(name)]
+if OTHER_BACKENDS:
+
+    @pytest.mark.slow
+    @pytest.mark.parametrize("backend", OTHER_BACKENDS)
+    def test_other_backends(backend, videos, recipe, tmp_path):
+        command = [sys.executable, "-c", "import sys; from keras_nonlocal.cli import main; sys.exit(main())"]
+        command += arguments_of(videos, recipe, tmp_path / "run")
+        result = subprocess.run(command, env=os.environ | {"KERAS_BACKEND": backend}, capture_output=True, text=True)
+        assert result.returncode == 0, result.stderr
+        assert [row["step"] for row in _rows(tmp_path / "run" / "log.csv")] == ["2", "4", "6"]
+        assert (tmp_path / "run" / "model.keras").exists()
+
+
+def test_what_must_be_right_before_the_training(videos, recipe, run_dir, tmp_path):
+    with pytest.raises(ValueError, match="must be a file `.keras` in a directory that exists. Received: out='a.h5'"):
+        train_recipe(recipe, videos, tmp_path / "run", out="a.h5")
+    assert not (tmp_path / "run").exists()
+    broken = shutil.copytree(run_dir, tmp_path / "broken")
+    (broken / "run.json").write_text("")
+    with pytest.raises(ValueError, match="run.json must be as they were written: mend or delete both. Received: "):
+        train_recipe(recipe, videos, broken, validation_split=0.2, seed=3, verbose=0)
+
+
+@pytest.mark.slow
 def test_two_workers(videos, recipe, tmp_path):
     """Two processes as on two machines, each with its share of the videos, against one process."""
-    base = arguments_of(videos, recipe, tmp_path / "alone") + ["--set", "dropout=0.0"]
+    base = arguments_of(videos, recipe, tmp_path / "alone") + ["--set", "dropout=0.0", "ema_momentum=0.5"]
     assert main(base) == 0
     base[base.index(str(tmp_path / "alone"))] = str(tmp_path / "both")
     port = free_port()
@@ -202,7 +250,7 @@ def test_options_go_before_the_recipe():
     from keras_nonlocal import cli
 
     options = ["--recipe", "kinetics-32x4", "--weights", "a.keras", "--pairwise", "gaussian", "--new-head", "--no-flip"]
-    options += ["--shorter-side", "100", "120", "--image-size", "96", "--set", "image_size=64"]
+    options += ["--shorter-side", "100", "120", "--image-size", "96", "--set", "image_size=64", "--set", "dropout=0.1"]
     args = cli._parser().parse_args(["train", "DATA", *options])
     expected = read_recipe(
         "kinetics-32x4",
@@ -211,6 +259,9 @@ def test_options_go_before_the_recipe():
         horizontal_flip=False,
         shorter_side=(100, 120),
         image_size=64,
+        dropout=0.1,
+        test_shorter_side=100,
+        test_image_size=100,
         non_local_options={"normalization": None, 3: {"window": (4, None, None)}, "pairwise": "gaussian"},
     )
     assert cli._recipe(args) == expected

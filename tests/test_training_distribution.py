@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 
 from keras_nonlocal.training import TrainingError, Workers, distribute
-from tests.distributed_training import main
+from tests.distributed_training import RAISE, STOP, main
 
 BACKEND = keras.backend.backend()
 ROOT = Path(__file__).resolve().parent.parent
@@ -186,6 +186,46 @@ def test_stopped_worker(tmp_path, alone, index):
     assert max(path.name for path in (directory / "checkpoints").iterdir()).startswith("step-000000005-")
     run(directory, STEPS)
     check_resumed(directory, alone)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("index", [0, 1])
+def test_an_error_in_one_worker(tmp_path, alone, index):
+    """The other does not wait for it for ever."""
+    codes, outputs = finish(start(tmp_path / "run", STEPS, "--signal-at", index, 3, RAISE))
+    assert codes[0] and codes[1]
+    assert "RuntimeError: here alone" in outputs[index]
+    assert "All workers must be there" in outputs[1 - index] or codes[1 - index] < 0, outputs[1 - index]
+
+
+@pytest.mark.slow
+def test_one_worker_ends_the_training(tmp_path, alone):
+    """As a callback may: all end after the same step."""
+    run(tmp_path / "run", STEPS, "--signal-at", 1, 3, STOP)
+    (one, _, batches), (two, _, others) = (results(tmp_path / "run", index) for index in range(2))
+    assert len(batches) == len(others) == 3 and difference(one, two) == 0
+
+
+@pytest.mark.slow
+def test_each_with_its_own_directory(tmp_path, alone):
+    """One of them has checkpoints that the other does not see."""
+    run(tmp_path / "run", 3)
+    command = [sys.executable, "-m", "tests.distributed_training"]
+    port = free_port()
+    processes = [
+        subprocess.Popen(
+            [*command, str(tmp_path / name), str(STEPS)],
+            cwd=ROOT,
+            env=os.environ | environment(2, index, port),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for index, name in enumerate(("run", "elsewhere"))
+    ]
+    codes, outputs = finish(processes)
+    assert codes[0] and codes[1]
+    assert all("must see the same checkpoints" in output for output in outputs), "\n".join(outputs)
 
 
 @pytest.mark.slow

@@ -116,11 +116,13 @@ for _name in ("train", "test", "epoch", "train_batch", "test_batch"):
 def test_as_fit(tmp_path):
     """Weights, figures and the events of callbacks; the last batch is smaller."""
     x, y = make_data(NUM_CLIPS - 2)
-    fitted, trained = (make_model(run_eagerly=False) for _ in range(2))
+    averaged = {"run_eagerly": False, "use_ema": True, "ema_momentum": 0.5}
     events = [Events(), Events()]
     options = {"epochs": 3, "validation_data": (x, y), "verbose": 0}
     sizes = {"batch_size": BATCH, "validation_batch_size": 32}
+    fitted = make_model(**averaged)
     expected = fitted.fit(x, y, shuffle=False, callbacks=[events[0]], **sizes, **options)
+    trained = make_model(**averaged)  # now: PyTorch has one generator for all models
     history = train(trained, batches(x, y), tmp_path, callbacks=[events[1]], **options)
     for one, two in zip(weights(fitted), weights(trained), strict=True):
         np.testing.assert_allclose(one, two, rtol=1e-5, atol=1e-6)
@@ -184,10 +186,11 @@ def test_a_finished_training_is_read(tmp_path, uninterrupted):
 def test_plain_iterables_and_epochs_of_steps(tmp_path):
     """Batches that were seen are skipped."""
     x, y = make_data()
-    whole, stopped = make_model(), make_model()
+    whole = make_model()
     options = {"epochs": 4, "steps_per_epoch": 2, "verbose": 0}
     expected = train(whole, batches(x, y), tmp_path / "whole", **options)
     assert int(whole.optimizer.iterations) == 8
+    stopped = make_model()
     with pytest.raises(RuntimeError, match="killed"):
         train(stopped, batches(x, y), tmp_path / "part", checkpoint_steps=1, callbacks=[Interrupt(6)], **options)
     resumed = make_model(seed=2)
@@ -288,7 +291,7 @@ def test_damaged_checkpoints(tmp_path, uninterrupted, caplog):
     assert len(videos.given) == STEPS - 4
     assert_same(model, uninterrupted[0])
     paths = checkpoints.paths()
-    assert len(paths) == 3 and sorted(os.listdir(tmp_path / "checkpoints")) == [path.name for path in paths]
+    assert len(paths) == 3 and sorted(os.listdir(tmp_path / "checkpoints")) == [".lock", *(path.name for path in paths)]
     for path in paths:
         path.write_bytes(b"")
     with pytest.raises(TrainingError, match="At least one checkpoint must be sound.* Received: 3 damaged ones in"):
@@ -338,6 +341,13 @@ def test_wrong_data(tmp_path):
             train(model, dataset, tmp_path, steps=9, verbose=0)
 
 
+def test_one_process_at_a_time(tmp_path):
+    with Checkpoints(tmp_path / "run" / "checkpoints").locked():
+        with pytest.raises(TrainingError, match=f"No other process may train .* Received: directory='{tmp_path}/run'"):
+            train(make_model(), batches(*make_data()), tmp_path / "run", epochs=1, verbose=0)
+    train(make_model(), batches(*make_data()), tmp_path / "run", epochs=1, verbose=0)
+
+
 def test_another_model(tmp_path):
     x, y = make_data()
     train(make_model(), batches(x, y), tmp_path, steps=1, verbose=0)
@@ -377,7 +387,7 @@ def test_wrong_arguments(tmp_path, arguments, message):
 def test_kinds_of_numbers(tmp_path):
     """bfloat16, which NumPy's files do not know, integers, and names that come twice."""
     values = {"bfloat16": [1.5, -2.0], "uint8": [7, 255], "float32": [1e-30, 3], "bool": [True, False]}
-    variables = [keras.Variable(value, dtype=dtype, name="same") for dtype, value in values.items()]
+    variables = [keras.Variable(value, dtype=dtype, name="same", trainable=False) for dtype, value in values.items()]
     checkpoints = Checkpoints(tmp_path)
     checkpoints.write(variables, {"step": 0, "epoch": 0, "figure": 0.1})
     for variable in variables:

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from keras_nonlocal.training import RECIPES, Recipe, build_model, parse_overrides, plan_training, read_recipe
+from keras_nonlocal.training.building import accuracy
 from keras_nonlocal.training.recipes import CHECKS, FOLDER
 
 SMALL = {"model": "i3d_resnet11", "non_local": 1, "weights": None, "num_frames": 4, "image_size": 32}
@@ -350,3 +351,11 @@ def test_plans_of_the_paper(name, parameters, macs):
         assert round(plan.summary.macs / 1e9, 2) == macs
     assert bool(plan.frozen) == (name not in ("kinetics-8x8", "kinetics-32x2"))
     print(plan)
+
+
+def test_accuracy_of_several_labels():
+    """Each score by itself: all but one of six are on their side of 0.5. The highest of each would be wrong."""
+    metric = accuracy(multi_label=True)
+    metric.update_state([[1.0, 0.0, 1.0], [0.0, 1.0, 0.0]], [[0.6, 0.4, 0.9], [0.1, 0.7, 0.8]])
+    assert metric.name == "accuracy" and float(metric.result()) == pytest.approx(5 / 6)
+    assert accuracy(multi_label=False) == "accuracy"

@@ -48,8 +48,8 @@ def train(
     `KeyboardInterrupt` or `SystemExit(143)` is raised. The second signal acts as ever.
 
     Callbacks are called as in `fit`, but their own state is not kept: they begin anew. `directory/log.csv` has a row
-    for every epoch. Its figures are means of those of the batches: metrics must be numbers, and one that is no mean, such
-    as an area under a curve, is not that of the epoch.
+    for every epoch. Its figures are means of those of the batches: metrics must be numbers, and one that is no mean,
+    such as an area under a curve, is not that of the epoch.
 
     Args:
         model: A compiled Keras model.

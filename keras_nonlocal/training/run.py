@@ -60,8 +60,8 @@ def train_recipe(
     """Trains a network on videos by a recipe; the same call goes on where it was stopped, as `train` does.
 
     It joins the workers that the environment names, as `distribute` does; each is started by the same call. Where there
-    are several, broken videos are black clips with their labels, so that workers stay at the same place. Validations and
-    the statistics for them take batches of the size that one device has of a training batch.
+    are several, broken videos are black clips with their labels, so that workers stay at the same place. Validations
+    and the statistics for them take batches of the size that one device has of a training batch.
 
     `run_dir` gets the `checkpoints`, `log.csv` with a row an epoch, `recipe.yaml`, `run.json`, the logs for TensorBoard
     where that is installed, and at the end `model.keras`. That model has the statistics of `precise_batch_norm` and,
@@ -268,7 +268,7 @@ def _begin_run(run_dir, recipe, run, is_chief):
             before = vars(read_recipe(recipe_path)) | json.loads(run_path.read_text(encoding="utf-8"))
         except ValueError as error:
             raise ValueError(
-                f"{recipe_path} and {run_path} must be as they were written; mend them, or delete both. Received: {error}"
+                f"{recipe_path} and {run_path} must be as they were written: mend or delete both. Received: {error}"
             ) from error
         now = vars(recipe) | run
         changed = [
