@@ -46,11 +46,11 @@ class Checkpoints:
     >>> variable = keras.Variable(np.zeros(2, "float32"))
     >>> checkpoints = Checkpoints(tempfile.mkdtemp(), num_kept=2)
     >>> for step in range(5):
-    ...     variable.assign([step, 0])
+    ...     _ = variable.assign([step, 0])
     ...     path = checkpoints.write([variable], {"step": step, "epoch": 0})
     >>> [path.name[:14] for path in checkpoints.paths()]
     ['step-000000003', 'step-000000004']
-    >>> variable.assign([7, 7])
+    >>> _ = variable.assign([7, 7])
     >>> state = checkpoints.read(checkpoints.newest(), [variable])
     >>> state["step"], keras.ops.convert_to_numpy(variable).tolist()
     (4, [4.0, 0.0])
