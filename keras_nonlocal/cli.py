@@ -198,9 +198,11 @@ def _train_by_recipe(args):
             **_annotations(args),
         )
     if trained.path is not None:
-        print(trained.report.summary())
+        if trained.report.num_good:  # not of a training that was finished before
+            print(trained.report.summary())
         print(f"Wrote {trained.path} for {len(trained.class_names)} classes: {', '.join(trained.class_names)}")
         views = f"--clips {recipe.test_num_clips} --crops {recipe.test_num_crops} --image-size {recipe.test_image_size}"
+        views += " --annotations ANNOTATIONS" if args.annotations else ""
         print(f"The recipe's test: keras-nonlocal evaluate {trained.path} VIDEOS {views}")
     return 0
 

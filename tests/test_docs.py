@@ -16,6 +16,7 @@ import keras_nonlocal
 from keras_nonlocal import cli
 from keras_nonlocal.applications import I3DResNet11
 from keras_nonlocal.data import write_video
+from keras_nonlocal.training import read_recipe
 from tests.test_conversion import values_of, write_release
 from tests.test_summary import TABLE
 
@@ -121,6 +122,15 @@ def test_readme_is_finished_and_its_links_lead_somewhere():
     assert not re.findall(r"@\w+@", text)
     links = [link for link in re.findall(r"\]\(([^)]+)\)", text) if not link.startswith("http")]
     assert links and all((ROOT / link).exists() for link in links), links
+
+
+def test_readme_recipe(tmp_path):
+    """What its comments say."""
+    (recipe,) = readme_blocks("yaml")
+    (tmp_path / "mine.yaml").write_text(recipe)
+    recipe = read_recipe(tmp_path / "mine.yaml")
+    assert (recipe.num_steps, recipe.scaled_learning_rate, recipe.scaled_milestones) == (20000, 0.00125, (8000, 16000))
+    assert read_recipe("kinetics-8x8").weights == "imagenet"
 
 
 def test_readme_code_runs(tmp_path, monkeypatch):

@@ -213,7 +213,7 @@ def error_of(capsys, arguments):
 def test_a_run_goes_on_as_it_began(run_dir, videos, recipe, capsys):
     arguments = arguments_of(videos, recipe, run_dir)
     assert error_of(capsys, arguments) == (
-        "`run_dir` must be that of the same training; it holds one with another seed (was 3, is 0). "
+        "`run_dir` must be new or that of this training; it holds one with another seed (was 3, is 0). "
         f"Received: run_dir='{run_dir}'"
     )
     line = error_of(capsys, [*arguments, "--seed", 3, "--batch-size", 8, "--set", "dropout=0.1"])

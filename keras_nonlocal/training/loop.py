@@ -263,7 +263,8 @@ class _Loop:
         if self._step.is_chief:
             _write_log(self._directory / "log.csv", self._state.history)
         if self._verbose:
-            print(f"Goes on after step {self._state.step}, as in {path}", flush=True)
+            way = "Is finished with" if self._is_done() else "Goes on after"
+            print(f"{way} step {self._state.step}, as in {path}", flush=True)
 
     def _is_done(self):
         """An epoch that has begun is still to be ended."""

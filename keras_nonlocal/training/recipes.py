@@ -147,8 +147,8 @@ class Recipe:
         steps = [0, *(_step_of(milestone, self.total_steps) for milestone in self.milestones), self.total_steps]
         if self.schedule == "step" and any(a >= b for a, b in zip(steps, steps[1:], strict=False)):
             raise ValueError(
-                f"`milestones` must rise and lie below `total_steps`, {self.total_steps}. "
-                f"Received: milestones={self.milestones}"
+                f"`milestones` must rise and lie below `total_steps`, {self.total_steps}, or be fractions such as "
+                f"0.5. Received: milestones={self.milestones}"
             )
         self.micro_batch_size()
 

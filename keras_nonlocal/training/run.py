@@ -278,7 +278,7 @@ def _begin_run(run_dir, recipe, run, is_chief):
         ]
         if changed:
             raise ValueError(
-                f"`run_dir` must be that of the same training; it holds one with another {', '.join(changed)}. "
+                f"`run_dir` must be new or that of this training; it holds one with another {', '.join(changed)}. "
                 f"Received: run_dir={str(run_dir)!r}"
             )
     elif is_chief:
