@@ -543,6 +543,7 @@ def test_never_overwrites(tiny, tmp_path):
     assert sorted(file.name for file in tmp_path.iterdir()) == ["1", "2"]
 
 
+@pytest.mark.slow
 def test_two_exports_at_once_are_two_versions(tiny, tmp_path, monkeypatch):
     """While the first is being written, a second comes and takes its number."""
     save, others = tf.saved_model.save, []

@@ -569,6 +569,7 @@ def run_in_c(program, export, signature, inputs, folder):
     return outputs
 
 
+@pytest.mark.slow
 def test_c_gives_the_scores_of_keras(runtime, model, folder, tmp_path):
     export = folder / "nonlocal" / "3"
     pixels = clip(7, batch=2)
