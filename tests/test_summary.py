@@ -34,8 +34,8 @@ TABLE = [
     ("I3DResNet101", 5, {}, "59.11", "54.79", "59.51", "1257", "12 / 15 / 9 %"),
     ("I3DResNet101", 0, {"inflation": "3x3x3"}, "63.04", "57.14", "61.86", "1145", "–"),
 ]
-# What no other test of the plain run builds.
-SLOW = ("34.14", "46.66", "57.14", "59.51", "42.27", "32.83", "49.09", "40.96", "28.36")  # one length of clips is enough
+# What no other test of the plain run builds, and other lengths of clips.
+SLOW = ("34.14", "46.66", "57.14", "59.51", "42.27", "32.83", "49.09", "40.96", "28.36")
 CASES = [
     pytest.param(
         *(name, non_local, options, parameters, clip, macs, memory),
