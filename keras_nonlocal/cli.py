@@ -863,7 +863,8 @@ def _parser():
     train.add_argument(
         "--recipe",
         metavar="NAME|FILE",
-        help=f"recipe of the paper ({', '.join(RECIPES)}) or a YAML file; options that are given go before it",
+        help=f"recipe of the paper ({', '.join(RECIPES)}) or a YAML file, with --run-dir or --dry-run; "
+        "of the options below, those that are given replace its values",
     )
     train.add_argument(
         "--set", nargs="+", metavar="KEY=VALUE", help="keys of the recipe to change, such as batch_size=16"
