@@ -141,6 +141,7 @@ FUNCTIONS = ("gaussian", "embedded_gaussian", "dot_product", "concatenation")
     ("peer", "pairwise"),
     [(p, f) for p in ("ours", "naive", "broadcast", "mha") for f in FUNCTIONS if f in (peers.PEERS[p][0] or FUNCTIONS)],
 )
+@pytest.mark.slow
 def test_tensorflow_peers_compute_the_formula(peer, pairwise, pool):
     """What the workers check before they measure; here, that the check also fails where it should."""
     embedded = pairwise != "gaussian"

@@ -100,6 +100,7 @@ def test_options_of_both_benchmarks(capsys):
         assert f"must be some of {', '.join(known)}. Received: ours,nobody" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_our_pipelines(tmp_path):
     """In this process, which has loaded TensorFlow; the command and its processes are a slow proof."""
     options = data.parse(["--quick"])

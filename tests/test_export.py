@@ -475,6 +475,7 @@ def test_xla_gives_the_same(small, small_export, small_loaded, tmp_path):
                 np.testing.assert_allclose(found, expected[key], atol=1e-5)
 
 
+@pytest.mark.slow
 def test_half_precision_serves_float32_scores(policy, tmp_path):
     policy("mixed_bfloat16")
     model = build(input_shape=(4, 32, 32, 3))
@@ -595,6 +596,7 @@ saved_model.export_saved_model(model, sys.argv[1])
 """
 
 
+@pytest.mark.slow
 def test_a_killed_export_leaves_no_half_version(tiny, tmp_path):
     process = subprocess.Popen(
         [sys.executable, "-c", KILLED, tmp_path],

@@ -115,6 +115,7 @@ def test_litert(model, tmp_path, options, tolerance):
 
 
 @pytest.mark.parametrize("pairwise", PAIRWISE)
+@pytest.mark.slow
 def test_activations_in_eight_bits(pairwise, tmp_path):
     keras.utils.set_random_seed(0)
     block = NonLocal3D(pairwise, scale=0.1, query_chunk_size=None)
@@ -163,6 +164,7 @@ def test_litert_of_a_ready_network(tmp_path):
     np.testing.assert_allclose(litert_scores(path, given), keras_scores(model, given), atol=1e-5)
 
 
+@pytest.mark.slow
 def test_onnx_of_a_ready_network_takes_any_size(tmp_path):
     model = awake(I3DResNet11(classes=4))
     path = export_onnx(model, tmp_path / "a.onnx", num_frames=3)
