@@ -19,7 +19,7 @@ from keras_nonlocal.applications.resnet import NETWORKS
 from keras_nonlocal.data.annotations import FORMATS, SPLITS
 from keras_nonlocal.data.sampling import SAMPLERS
 from keras_nonlocal.evaluation import VIEW_REDUCTIONS
-from keras_nonlocal.files import whole_file
+from keras_nonlocal.files import write_text
 from keras_nonlocal.ops import PAIRWISE
 from keras_nonlocal.training.building import accuracy
 from keras_nonlocal.training.recipes import RECIPES, parse_overrides, read_recipe
@@ -310,7 +310,7 @@ def _evaluate(args):
             print(f"\nWrote {', '.join(result.save(args.out))}")
         if args.json:
             figures = result.figures() | {"broken": dataset.report.broken}
-            _write_text(pathlib.Path(args.json), json.dumps(figures, indent=2) + "\n")
+            write_text(pathlib.Path(args.json), json.dumps(figures, indent=2) + "\n")
     return 0
 
 
@@ -811,11 +811,6 @@ def _check_out(out, overwrite, suffix):
         raise _BadInput(f"--out exists; --overwrite replaces it. Received: --out {out}")
     if out.is_dir() or not os.access(out.parent, os.W_OK):
         raise _BadInput(f"--out must be a file in a folder that can be written to. Received: --out {out}")
-
-
-def _write_text(path, text):
-    with whole_file(path) as scratch:
-        pathlib.Path(scratch).write_text(text, encoding="utf-8")
 
 
 # Options

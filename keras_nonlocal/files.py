@@ -25,3 +25,14 @@ def whole_file(path):
     finally:
         with contextlib.suppress(FileNotFoundError):
             os.unlink(scratch)
+
+
+def write_text(path, text):
+    """Writes a whole text file in UTF-8.
+
+    Args:
+        path: String or path-like.
+        text: String.
+    """
+    with whole_file(path) as scratch, open(scratch, "w", encoding="utf-8") as file:
+        file.write(text)

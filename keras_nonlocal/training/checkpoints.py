@@ -165,6 +165,11 @@ class Checkpoints:
             )
         return None
 
+    @staticmethod
+    def rank(path):
+        """The step and the epoch of a checkpoint, by which they are ordered."""
+        return _rank(_NAME.fullmatch(path.name))
+
     def read(self, path, variables):
         """Reads a checkpoint into `variables`.
 

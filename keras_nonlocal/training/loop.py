@@ -246,7 +246,7 @@ class _Loop:
     def _start(self):
         self._state = _State()
         path = self._checkpoints.newest()
-        step, epoch = (-1, -1) if path is None else map(int, path.name.split("-")[1:4:2])
+        step, epoch = (-1, -1) if path is None else self._checkpoints.rank(path)
         # Before one of them writes the next, and all together take over what it holds.
         found = [tuple(map(int, row)) for row in self._step.gather([step, epoch])]
         if len(set(found)) > 1:

@@ -10,7 +10,7 @@ import zlib
 import keras
 
 from keras_nonlocal.applications import preprocess_input
-from keras_nonlocal.files import whole_file
+from keras_nonlocal.files import whole_file, write_text
 
 from .batch_norm import PreciseBatchNormalization
 from .building import build_model
@@ -123,8 +123,9 @@ def train_recipe(
             # Symbolically, before any video is read: a crop may be too small for the network.
             model.compute_output_shape((None, recipe.num_frames, recipe.image_size, recipe.image_size, 3))
             run = {"class_names": class_names, "num_videos": num_videos, "validation_split": validation_split}
+            run |= {"seed": seed}
             _check_workers(workers, recipe, run)
-            _begin_run(run_dir, recipe, run | {"seed": seed}, workers.is_chief)
+            _begin_run(run_dir, recipe, run, workers.is_chief)
 
             callbacks = [*callbacks, *(_tensorboard(run_dir, verbose) if workers.is_chief else [])]
             if recipe.ema_momentum is not None:
@@ -164,7 +165,7 @@ def save_model(model, path, settings):
     """
     with whole_file(path) as scratch:
         model.save(scratch)
-        _write_text(f"{path}.json", json.dumps(settings, indent=2) + "\n")
+        write_text(f"{path}.json", json.dumps(settings, indent=2) + "\n")
 
 
 def _settings(recipe, class_names):
@@ -283,8 +284,8 @@ def _begin_run(run_dir, recipe, run, is_chief):
             )
     elif is_chief:
         run_dir.mkdir(parents=True, exist_ok=True)
-        _write_text(recipe_path, recipe.to_yaml())
-        _write_text(run_path, json.dumps(run, indent=2) + "\n")
+        write_text(recipe_path, recipe.to_yaml())
+        write_text(run_path, json.dumps(run, indent=2) + "\n")
 
 
 def _tensorboard(run_dir, verbose):
@@ -293,8 +294,3 @@ def _tensorboard(run_dir, verbose):
     if verbose:
         print("No logs for TensorBoard, which is not installed: pip install 'keras-nonlocal[viz]'")
     return []
-
-
-def _write_text(path, text):
-    with whole_file(path) as scratch:
-        pathlib.Path(scratch).write_text(text, encoding="utf-8")

@@ -15,7 +15,7 @@ import keras_tuner
 import numpy as np
 
 from keras_nonlocal.applications.resnet import is_integer
-from keras_nonlocal.files import whole_file
+from keras_nonlocal.files import whole_file, write_text
 from keras_nonlocal.tuning.space import ARCHITECTURE, IMPOSSIBLE, meaningful
 
 COLUMNS = (*ARCHITECTURE, "learning_rate", "weight_decay")
@@ -73,7 +73,7 @@ class _Oracle:
             "starts": self.starts,
             "saved_best": self.saved_best,
         }
-        _write(self.path, json.dumps(state))
+        write_text(self.path, json.dumps(state))
 
     def reload(self):
         state = json.loads(self.path.read_text(encoding="utf-8"))
@@ -379,7 +379,7 @@ class _Tuner(keras_tuner.Tuner):
             model.load_weights(self._weights_path(best.trial))
             if self.oracle.settings["metadata"] is not None:
                 text = json.dumps(self.oracle.settings["metadata"], indent=2) + "\n"
-                _write(self.folder / f"{BEST_MODEL}.json", text)
+                write_text(self.folder / f"{BEST_MODEL}.json", text)
             with whole_file(self.folder / BEST_MODEL) as scratch:
                 model.save(scratch)
             self.oracle.saved_best = best.trial
@@ -388,8 +388,8 @@ class _Tuner(keras_tuner.Tuner):
             for row in rows:
                 pathlib.Path(self._weights_path(row.trial)).unlink(missing_ok=True)
         if rows:
-            _write(self.folder / MARKDOWN, _table(objective.name, rows, self.candidates.rejected) + "\n")
-            _write(self.folder / CSV, _csv(objective.name, rows))
+            write_text(self.folder / MARKDOWN, _table(objective.name, rows, self.candidates.rejected) + "\n")
+            write_text(self.folder / CSV, _csv(objective.name, rows))
 
     def rows(self):
         """A `TrialRow` for each trial that ended."""
@@ -497,8 +497,3 @@ def _shown(value):
     if value is None:
         return ""
     return f"{value:.3g}" if isinstance(value, float) else str(value)
-
-
-def _write(path, text):
-    with whole_file(path) as scratch:
-        pathlib.Path(scratch).write_text(text, encoding="utf-8")
